@@ -1,0 +1,164 @@
+"""
+Measure a model on held-out text: at every depth, with confidence exit, and how far its confidence can be trusted.
+
+    python eval.py                                   the model train.py wrote last, on the text held out from its
+    training python eval.py --init=gpt2 --data=book.txt       any model, any text
+
+Loss is the mean cross-entropy per token in nats; perplexity its exponential; bits per byte compares across
+tokenizers.
+"""
+
+import json
+import math
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+import convert
+from convert import flag
+from loopus import InputError, early_exit, lm_loss
+
+
+@dataclass
+class Settings:
+    """Held-out loss of a looped model at each depth and with confidence exit."""
+
+    init: str = flag("", "model: directory or hub name; empty: the one train.py wrote last")
+    data: str = flag("", "held-out text: file, directory, glob or .bin; empty: what the model's training held out")
+    max_loops: int = flag(8, "deepest number of passes; 8 is the paper's budget")
+    threshold: float = flag(0.6, "confidence at which a token stops (paper: 0.6)")
+    context: int = flag(256, "tokens per sequence")
+    batch: int = flag(8, "sequences at a time")
+    tokens: int = flag(32768, "held-out tokens to read, spread evenly over the text")
+    device: str = flag("", "cpu, cuda or mps; empty: the best there is")
+    dtype: str = flag("", "bf16 or fp32; empty: bf16 where the device is good at it")
+    json: bool = flag(False, "print one JSON object instead of the tables")
+
+
+def windows(tokens, context, limit):
+    """
+    At most `limit` held-out tokens as evenly spread, non-overlapping (n, context + 1) sequences, as an int64 tensor.
+    """
+    count = (len(tokens) - 1) // context
+    if count < 1:
+        raise InputError(f"{len(tokens)} held-out tokens are less than one context of {context}: give more text")
+    starts = np.linspace(0, count - 1, max(1, min(count, limit // context))).astype(int) * context
+    return torch.from_numpy(np.stack([tokens[i : i + context + 1] for i in starts]).astype(np.int64))
+
+
+@torch.no_grad()
+def depth_losses(model, sequences, depths, batch, autocast):
+    """
+    {passes: mean loss in nats} over sequences (n, T + 1), for each number of passes in depths; 0 is the ungated pass.
+    """
+    device = model.wte.weight.device
+    sums = dict.fromkeys(depths, 0.0)
+    for part in sequences.split(batch):
+        x, y = part[:, :-1].to(device), part[:, 1:].to(device)
+        with autocast():
+            h = model.encode(x)
+            if 0 in sums:
+                sums[0] += lm_loss(model.decode(model.propose(h)), y).item() * len(part)
+            for b in range(1, max(depths) + 1):
+                h = model.refine(h)
+                if b in sums:
+                    sums[b] += lm_loss(model.decode(h), y).item() * len(part)
+    return {depth: total / len(sequences) for depth, total in sums.items()}
+
+
+@torch.no_grad()
+def exit_stats(model, sequences, max_loops, threshold, batch, autocast):
+    """
+    With confidence exit: mean loss, mean passes, tokens per number of passes 1 … max_loops, and for ten equal bins of
+    the confidence the tokens in it, their mean confidence and how often the likeliest token was right; ece is their
+    mean gap.
+    """
+    device = model.wte.weight.device
+    loss, passes, confidence, right = 0.0, [], [], []
+    for part in sequences.split(batch):
+        x, y = part[:, :-1].to(device), part[:, 1:].to(device)
+        with autocast():
+            h, taken = early_exit(model, x, max_loops, threshold)
+            logits = model.decode(h)
+            loss += lm_loss(logits, y).item() * len(part) / len(sequences)
+            confidence.append(torch.sigmoid(model.confidence(h).float()).flatten().cpu())
+        right.append((logits.argmax(-1) == y).float().flatten().cpu())
+        passes.append(taken.flatten().cpu())
+    passes, confidence, right = torch.cat(passes), torch.cat(confidence), torch.cat(right)
+    bins = []
+    for i, member in enumerate((confidence * 10).long().clamp(max=9) == torch.arange(10)[:, None]):
+        if n := int(member.sum()):
+            bins.append(
+                dict(
+                    above=i / 10,
+                    tokens=n,
+                    confidence=confidence[member].mean().item(),
+                    right=right[member].mean().item(),
+                )
+            )
+    ece = sum(b["tokens"] * abs(b["confidence"] - b["right"]) for b in bins) / len(right)
+    histogram = torch.bincount(passes, minlength=max_loops + 1)[1:].tolist()
+    return dict(loss=loss, mean_passes=passes.float().mean().item(), histogram=histogram, calibration=bins, ece=ece)
+
+
+def main():
+    s = Settings(**convert.parse(Settings))
+    device, dtype = convert.pick_device(s.device, s.dtype)
+    directory = convert.resolve(s.init or convert.last_model())
+    model, tokenizer = convert.load(directory, device=device)
+    if tokenizer is None:
+        raise InputError(f"{directory} has no tokenizer.json: text cannot be read without one")
+    if s.data:
+        tokens = convert.load_tokens(convert.find_files(s.data), tokenizer)
+    else:
+        trained = directory / "settings.json"
+        if not trained.exists():
+            raise InputError(f"{directory} does not say what text it was trained on: give --data")
+        trained = json.loads(trained.read_text())
+        tokens = convert.load_data(trained["data"], trained["val"], tokenizer)[1]
+    context = min(s.context, model.config.block_size)
+    sequences = windows(tokens, context, s.tokens)
+    count = sequences[:, 1:].numel()
+    nats_to_bits_per_byte = (
+        count / sum(len(tokenizer.bytes_of[i]) for i in sequences[:, 1:].flatten().tolist()) / math.log(2)
+    )
+
+    def autocast():
+        return torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
+
+    by_depth = depth_losses(model, sequences, range(s.max_loops + 1), s.batch, autocast)
+    exit = exit_stats(model, sequences, s.max_loops, s.threshold, s.batch, autocast)
+    rows = [(depth, loss, depth) for depth, loss in by_depth.items()] + [("exit", exit["loss"], exit["mean_passes"])]
+    table = [
+        dict(
+            passes=name,
+            mean_passes=mean,
+            loss=loss,
+            perplexity=math.exp(loss),
+            bits_per_byte=loss * nats_to_bits_per_byte,
+        )
+        for name, loss, mean in rows
+    ]
+    if s.json:
+        print(json.dumps(dict(init=str(directory), tokens=count, depths=table, threshold=s.threshold, exit=exit)))
+        return
+    print(f"{directory}: {count:,} held-out tokens in sequences of {context}")
+    print(f"{'passes':>8} {'mean':>6} {'loss':>8} {'perplexity':>11} {'bits/byte':>10}")
+    for r in table:
+        note = "  the base: one ungated pass" if r["passes"] == 0 else ""
+        print(
+            f"{r['passes']:>8} {r['mean_passes']:6.2f} {r['loss']:8.4f} {r['perplexity']:11.3f} {r['bits_per_byte']:10.4f}{note}"
+        )
+    print(f"\npasses taken with exit at confidence {s.threshold}")
+    for b, n in enumerate(exit["histogram"], start=1):
+        print(f"{b:>8} {'█' * round(40 * n / count):40} {n / count:6.1%}")
+    print(
+        f"\nconfidence at exit, and how often the likeliest token was right (expected calibration error {exit['ece']:.3f})"
+    )
+    for b in exit["calibration"]:
+        print(f"{b['above']:>8.1f}+ said {b['confidence']:.3f}, was {b['right']:.3f}, {b['tokens']:,} tokens")
+
+
+if __name__ == "__main__":
+    convert.run(main)

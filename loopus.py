@@ -1,0 +1,458 @@
+"""
+LoopUS (Looped Depth Up-Scaling, Park et al. 2026, arXiv 2605.11011): a pretrained language model that thinks longer,
+in one file.
+
+The L layers of a pretrained transformer are cut, in order, into an encoder E, a reasoning block M and a decoder D. E
+runs once, M runs up to B times through a selective gate, D runs once (§3.1):
+
+    h⁰      = E(x)
+    δ       = M(h) − h                                 what one pass of M proposes to change
+    Δ       = softplus(W_up (W_down δ) + b)            Eq. 3: a step size per token and channel
+    α       = exp(Δ ⊙ A),  A = −exp(A_log)             Eq. 4: how much of the proposal to take, in (0, 1)
+    h^{b+1} = α ⊙ M(h^b) + (1 − α) ⊙ h^b               Eq. 5: a damped step towards the fixed point h* = M(h*)
+    logits  = D(h^B)
+    q(h)    = σ(Linear(LayerNorm(h)))                  the confidence that this state is good enough to stop
+
+Training (§3.2) is `losses`, one supervised step of random deep supervision. Inference is `LoopUS.generate`, which
+stops looping at each token when q is high enough. What early exit means is said once, by `early_exit`.
+
+Shapes: B batch, T tokens, C width of the states (n_embd), V vocabulary; nh heads, nkv key/value heads, hd width of a
+head.
+"""
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+
+class InputError(ValueError):
+    """
+    What the user gave cannot be used; the message is one line that says what, where, what was expected, what to do.
+    """
+
+
+def precise(x):
+    """x in float32 where it is coarser: what decides or accumulates is not left to 8 bits of mantissa."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+@dataclass
+class Config:
+    """The pretrained transformer and where it is cut. Raises InputError where the numbers contradict each other."""
+
+    vocab_size: int
+    block_size: int  # longest context, in tokens
+    n_layer: int  # layers of the pretrained model: encoder + reasoning block + decoder
+    n_head: int
+    n_kv_head: int  # fewer than n_head: grouped-query attention
+    head_dim: int
+    n_embd: int  # C
+    n_inner: int  # width inside the MLP
+    norm: str  # "layer": LayerNorm with bias (GPT-2); "rms": RMSNorm (Llama)
+    norm_eps: float
+    mlp: str  # "gelu": tanh-GELU (GPT-2); "swiglu" (Llama)
+    bias: bool  # do the linear layers of a block have one
+    rope_theta: float  # base of the rotary frequencies; 0: learned positions (GPT-2)
+    encoder_layers: int = 1  # the first layers, run once
+    decoder_layers: int = 1  # the last layers, run once
+    gate_start: str = "0.5"  # α of every channel before training, or "s4d": the authors' start
+
+    def __post_init__(self):
+        cut = f"encoder_layers={self.encoder_layers} and decoder_layers={self.decoder_layers}"
+        if min(self.encoder_layers, self.decoder_layers) < 0 or self.reasoning_layers < 1:
+            raise InputError(
+                f"{cut} leave no reasoning block in {self.n_layer} layers: together at most {self.n_layer - 1}"
+            )
+        if self.n_head % self.n_kv_head:
+            raise InputError(
+                f"n_head={self.n_head} is not a multiple of n_kv_head={self.n_kv_head}: is config.json intact?"
+            )
+        try:
+            usable = self.gate_start == "s4d" or 0 < float(self.gate_start) < 1
+        except ValueError:
+            usable = False
+        if not usable:
+            raise InputError(f'gate_start is "{self.gate_start}": give a number between 0 and 1 (the first α), or s4d')
+
+    @property
+    def reasoning_layers(self):
+        return self.n_layer - self.encoder_layers - self.decoder_layers
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The pretrained transformer's own layer: GPT-2's or Llama's, by config
+
+
+class Span(NamedTuple):
+    """Where the T tokens of one call stand in the text, and which of them still loop."""
+
+    start: int  # position of the first one
+    cos: torch.Tensor | None  # rotary table (T, hd/2); None with learned positions
+    sin: torch.Tensor | None
+    running: torch.Tensor | None = None  # (B, T) bool: who writes keys and values in this pass; None: everyone
+
+
+def span(config, start, T, device):
+    """The Span of positions start … start+T−1, everyone running. Raises InputError past the context."""
+    if start + T > config.block_size:
+        raise InputError(f"{start + T} tokens do not fit the model's context of {config.block_size}: shorten the text")
+    if not config.rope_theta:
+        return Span(start, None, None)
+    frequency = config.rope_theta ** -(torch.arange(0, config.head_dim, 2, device=device).float() / config.head_dim)
+    angle = torch.outer(torch.arange(start, start + T, device=device).float(), frequency)
+    return Span(start, angle.cos(), angle.sin())
+
+
+def rotate(x, cos, sin):
+    """Turn each pair of channels (i, i + hd/2) of x (B, n, T, hd) by its position's angle."""
+    x1, x2 = x.chunk(2, dim=-1)
+    return torch.cat((x1 * cos - x2 * sin, x2 * cos + x1 * sin), dim=-1).type_as(x)
+
+
+def make_norm(c):
+    return nn.LayerNorm(c.n_embd, eps=c.norm_eps) if c.norm == "layer" else nn.RMSNorm(c.n_embd, eps=c.norm_eps)
+
+
+class Block(nn.Module):
+    def __init__(self, c):
+        super().__init__()
+        self.c = c
+        self.ln_1 = make_norm(c)
+        self.qkv = nn.Linear(c.n_embd, (c.n_head + 2 * c.n_kv_head) * c.head_dim, bias=c.bias)
+        self.out = nn.Linear(c.n_head * c.head_dim, c.n_embd, bias=c.bias)
+        self.ln_2 = make_norm(c)
+        self.up = nn.Linear(c.n_embd, c.n_inner * (2 if c.mlp == "swiglu" else 1), bias=c.bias)
+        self.down = nn.Linear(c.n_inner, c.n_embd, bias=c.bias)
+
+    def attention(self, x, at, kv):
+        """
+        Causal attention of x (B, T, C) at Span `at`. kv (2, B, nkv, S, hd), if given, holds the keys and values of
+        all positions before, and takes those of the tokens that are still running; the others keep showing what they
+        left.
+        """
+        B, T, _ = x.shape
+        n, m, hd = self.c.n_head, self.c.n_kv_head, self.c.head_dim
+        q, k, v = self.qkv(x).view(B, T, n + 2 * m, hd).transpose(1, 2).split((n, m, m), dim=1)  # (B, n or m, T, hd)
+        if at.cos is not None:
+            q, k = rotate(q, at.cos, at.sin), rotate(k, at.cos, at.sin)
+        mask = None
+        if kv is not None:
+            end = at.start + T
+            new, here = torch.stack((k, v)), kv[..., at.start : end, :]  # (2, B, m, T, hd)
+            here.copy_(new if at.running is None else torch.where(at.running[:, None, :, None], new, here))
+            k, v = kv[..., :end, :]
+            if at.start and T > 1:  # query t sees the keys 0 … start + t
+                mask = torch.ones(T, end, dtype=torch.bool, device=x.device).tril(at.start)
+        y = F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None and T > 1, enable_gqa=n != m)
+        return self.out(y.transpose(1, 2).reshape(B, T, n * hd))
+
+    def mlp(self, x):
+        if self.c.mlp == "gelu":
+            return self.down(F.gelu(self.up(x), approximate="tanh"))
+        gate, up = self.up(x).chunk(2, dim=-1)
+        return self.down(F.silu(gate) * up)
+
+    def forward(self, x, at, kv=None):
+        x = x + self.attention(self.ln_1(x), at, kv)
+        return x + self.mlp(self.ln_2(x))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What LoopUS adds: the selective gate, the confidence head, the loop
+
+
+class SelectiveGate(nn.Module):
+    """
+    Eq. 3–5. With A_log = 0, as we start, α is σ(−(W_up W_down δ + b)), a plain sigmoid gate on the proposed change.
+    """
+
+    def __init__(self, c):
+        super().__init__()
+        rank = -(-c.n_embd // 16)  # r = ceil(C / 16)
+        self.down = nn.Linear(c.n_embd, rank, bias=False)  # W_down
+        self.up = nn.Linear(rank, c.n_embd)  # W_up, b
+        self.A_log = nn.Parameter(torch.zeros(c.n_embd))
+        self.start = c.gate_start
+
+    @torch.no_grad()
+    def reset_parameters(self):
+        """
+        A number a: α = a in every channel, so that the untrained model is an exact damped iteration of the pretrained
+        block. "s4d": the authors' start, as in Mamba; a tenth of its channels have α < 1e-7 and never move.
+        """
+        if self.start == "s4d":
+            step = torch.empty_like(self.up.bias).uniform_(-6.9078, -2.3026).exp()  # log-uniform in [1e-3, 0.1]
+            self.up.weight.uniform_(-(self.up.in_features**-0.5), self.up.in_features**-0.5)
+            self.A_log.copy_(torch.arange(1, len(self.A_log) + 1).log())
+        else:
+            step = -torch.full_like(self.up.bias, float(self.start)).log()  # α = exp(−step)
+            self.up.weight.zero_()
+            self.A_log.zero_()
+        self.down.reset_parameters()
+        self.up.bias.copy_(step.expm1().log())  # softplus(b) = step
+
+    def alpha(self, delta):
+        """α (B, T, C) in (0, 1) of the proposed change δ (B, T, C)."""
+        step = F.softplus(precise(self.up(self.down(delta))))  # Δ, Eq. 3
+        return torch.exp(-torch.exp(precise(self.A_log)) * step).type_as(delta)  # Eq. 4
+
+    def forward(self, proposed, h):
+        """The next state (B, T, C) from M(h) and h, Eq. 5."""
+        delta = proposed - h
+        return h + self.alpha(delta) * delta
+
+
+class LoopUS(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.config = c = config
+        self.wte = nn.Embedding(c.vocab_size, c.n_embd)
+        if not c.rope_theta:
+            self.wpe = nn.Embedding(c.block_size, c.n_embd)
+        self.encoder = nn.ModuleList(Block(c) for _ in range(c.encoder_layers))
+        self.reasoning = nn.ModuleList(Block(c) for _ in range(c.reasoning_layers))
+        self.decoder = nn.ModuleList(Block(c) for _ in range(c.decoder_layers))
+        self.norm = make_norm(c)
+        self.lm_head = nn.Linear(
+            c.n_embd, c.vocab_size, bias=False
+        )  # never tied: it trains, the input embedding does not
+        self.gate = SelectiveGate(c)
+        self.q_head = nn.Sequential(nn.LayerNorm(c.n_embd), nn.Linear(c.n_embd, 1))
+
+    @torch.no_grad()
+    def reset_new_parameters(self):
+        """
+        Start the gate and the confidence head, which no pretrained model has. The head begins at q = 0.5 everywhere.
+        """
+        self.gate.reset_parameters()
+        self.q_head[0].reset_parameters()
+        nn.init.zeros_(self.q_head[1].weight)
+        nn.init.zeros_(self.q_head[1].bias)
+
+    @torch.no_grad()
+    def reset_parameters(self):
+        """
+        Start a model that is to be pretrained from nothing, as GPT-2 was: normal weights, residual ones smaller.
+        """
+        for name, p in self.named_parameters():
+            if p.dim() > 1:
+                residual = name.endswith(("out.weight", "down.weight"))
+                nn.init.normal_(p, std=0.02 / (2 * self.config.n_layer) ** 0.5 if residual else 0.02)
+            elif name.endswith("bias"):
+                nn.init.zeros_(p)
+        self.reset_new_parameters()
+
+    def layers(self):
+        """All blocks in the pretrained model's order."""
+        return [*self.encoder, *self.reasoning, *self.decoder]
+
+    def run(self, blocks, h, at, cache):
+        at = at or span(self.config, 0, h.size(1), h.device)
+        for i, block in enumerate(blocks):
+            h = block(h, at, None if cache is None else cache[i])
+        return h
+
+    def embed(self, idx, start=0):
+        """Tokens (B, T) at positions start … → what the first layer reads (B, T, C)."""
+        h = self.wte(idx)
+        return h if self.config.rope_theta else h + self.wpe.weight[start : start + idx.size(1)]
+
+    def encode(self, idx, at=None, cache=None):
+        """E: tokens (B, T) → h⁰ (B, T, C). Without a Span, the tokens stand at 0 … T−1; `cache` as in `new_cache`."""
+        at = at or span(self.config, 0, idx.size(1), idx.device)
+        return self.run(self.encoder, self.embed(idx, at.start), at, cache)
+
+    def propose(self, h, at=None, cache=None):
+        """M(h): one ungated pass of the reasoning block (B, T, C)."""
+        return self.run(self.reasoning, h, at, cache)
+
+    def refine(self, h, at=None, cache=None):
+        """One gated pass: h^b → h^{b+1} (B, T, C), Eq. 5."""
+        return self.gate(self.propose(h, at, cache), h)
+
+    def confidence(self, h):
+        """The logit of q(h), (B, T); q itself is its sigmoid."""
+        return self.q_head(h).squeeze(-1)
+
+    def decode(self, h, at=None, cache=None):
+        """D: state (B, T, C) → logits (B, T, V)."""
+        return self.lm_head(self.norm(self.run(self.decoder, h, at, cache)))
+
+    def forward(self, idx, loops):
+        """
+        Logits (B, T, V) after `loops` gated passes, none stopped; loops=0 is the pretrained model, one ungated pass.
+        """
+        h = self.encode(idx)
+        if loops == 0:
+            h = self.propose(h)
+        for _ in range(loops):
+            h = self.refine(h)
+        return self.decode(h)
+
+    # ---- generation, §3.1 and App. E
+
+    def new_cache(self, batch, size, loops):
+        """
+        Room for the keys and values of `size` positions: {"encoder": …, "decoder": …} with one tensor
+        (layers, 2, B, nkv, size, hd) each, and "reasoning" with one per loop depth, since the states entering each
+        differ.
+        """
+        c, like = self.config, self.wte.weight
+
+        def room(layers):
+            return like.new_zeros(layers, 2, batch, c.n_kv_head, size, c.head_dim)
+
+        depths = [room(c.reasoning_layers) for _ in range(max(1, loops))]
+        return {"encoder": room(c.encoder_layers), "reasoning": depths, "decoder": room(c.decoder_layers)}
+
+    def advance(self, idx, start, cache, max_loops, threshold):
+        """
+        Run the tokens idx (B, T), which stand at start … start+T−1 after those in the cache. Each one loops until its
+        own q ≥ threshold or max_loops. → logits of the last one (B, V), passes taken by each (B, T).
+        """
+        at = span(self.config, start, idx.size(1), idx.device)
+        here = slice(start, start + idx.size(1))
+        depths = cache["reasoning"]
+        passes = torch.zeros_like(idx)
+        running = torch.ones_like(idx, dtype=torch.bool)
+        h = self.encode(idx, at, cache["encoder"])
+        if max_loops == 0:
+            h = self.propose(h, at, depths[0])
+        for b in range(max_loops):
+            if b > 0:  # who has stopped shows at this depth what it showed at the last
+                depths[b][..., here, :] = depths[b - 1][..., here, :]
+            if running.any():
+                h = torch.where(running[..., None], self.refine(h, at._replace(running=running), depths[b]), h)
+                passes += running
+                running = running & (torch.sigmoid(precise(self.confidence(h))) < threshold)
+        return self.decode(h, at, cache["decoder"])[:, -1], passes
+
+    @torch.no_grad()
+    def stream(self, idx, max_new_tokens, max_loops=8, threshold=0.6, temperature=1.0, top_k=None, generator=None):
+        """
+        `generate`, one token at a time: yields (token (B, 1), passes it took (B,)). When the context is full, its
+        newest half is run again at positions 0 …, and generation goes on from there.
+        """
+        if idx.size(1) == 0:
+            raise InputError("the prompt is empty: give at least one token")
+        size = min(self.config.block_size, idx.size(1) + max_new_tokens)
+        cache = self.new_cache(idx.size(0), size, max_loops)
+        new, start = idx, 0
+        for _ in range(max_new_tokens):
+            if start + new.size(1) > size and start > 0:
+                new, start = idx[:, -max(1, size // 2) :], 0
+            logits, passes = self.advance(new, start, cache, max_loops, threshold)
+            start += new.size(1)
+            new = sample(logits, temperature, top_k, generator)
+            idx = torch.cat((idx, new), dim=1)
+            yield new, passes[:, -1]
+
+    def generate(self, idx, max_new_tokens, max_loops=8, threshold=0.6, temperature=1.0, top_k=None, generator=None):
+        """
+        Continue idx (B, T) by max_new_tokens tokens, at most max_loops passes each, a token stopping at the first
+        pass with q ≥ threshold (above 1: never). temperature 0 is greedy; max_loops=0 generates with the pretrained
+        model. → (tokens (B, T + max_new_tokens), passes (B, max_new_tokens)). Raises InputError if idx is empty or
+        too long.
+        """
+        tokens, passes = [idx], [idx[:, :0]]
+        for token, depth in self.stream(idx, max_new_tokens, max_loops, threshold, temperature, top_k, generator):
+            tokens.append(token)
+            passes.append(depth[:, None])
+        return torch.cat(tokens, dim=1), torch.cat(passes, dim=1)
+
+
+def sample(logits, temperature, top_k, generator):
+    """
+    Draw a token (B, 1) from logits (B, V): the most likely at temperature 0, among the top_k likeliest if given.
+    """
+    if temperature == 0:
+        return logits.argmax(dim=-1, keepdim=True)
+    logits = logits.float() / temperature
+    if top_k is not None:
+        least = logits.topk(min(top_k, logits.size(-1))).values[:, -1:]
+        logits = logits.masked_fill(logits < least, -torch.inf)
+    return torch.multinomial(logits.softmax(dim=-1), 1, generator=generator)
+
+
+@torch.no_grad()
+def early_exit(model, idx, max_loops, threshold):
+    """
+    What early exit means, for whole sequences idx (B, T) at once: a token that has stopped keeps its state, and in
+    every deeper pass the others see the keys and values of its last executed pass. → states to decode (B, T, C),
+    passes (B, T).
+    """
+    h = model.encode(idx)
+    if max_loops == 0:
+        return model.propose(h), torch.zeros_like(idx)
+    at = span(model.config, 0, idx.size(1), idx.device)
+    shown = model.new_cache(*idx.shape, 1)["reasoning"][0]  # keys and values of each token's newest pass
+    running, passes = torch.ones_like(idx, dtype=torch.bool), torch.zeros_like(idx)
+    for _ in range(max_loops):
+        refined = model.refine(h, at._replace(running=running), shown)
+        h = torch.where(running[..., None], refined, h)
+        passes += running
+        running = running & (torch.sigmoid(precise(model.confidence(h))) < threshold)
+    return h, passes
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Training
+
+
+class Step(NamedTuple):
+    """One supervised step: the three terms of L = L_LM + L_mono + L_Q (scalars, nats), and the state it ends in."""
+
+    lm: torch.Tensor
+    mono: torch.Tensor
+    q: torch.Tensor
+    h: torch.Tensor  # (B, T, C), detached
+
+
+def lm_loss(logits, targets):
+    """Mean cross-entropy in nats of logits (B, T, V) against targets (B, T); targets of −100 do not count."""
+    return F.cross_entropy(precise(logits).flatten(0, 1), targets.flatten())
+
+
+def losses(model, h, targets):
+    """
+    One supervised step of random deep supervision (§3.2, Fig. 4) from the state h (B, T, C), against the next tokens
+    (B, T):
+        L_LM   = CE(D(h'), next token),  h' = one gated pass from h, the only pass that gradients go through
+        L_mono = SiLU(L_LM − L_LM of the state before the step), the latter without gradient: a pass should not do
+        harm L_Q    = BCE(q(h'), was the prediction right?), per token
+    """
+    h = h.detach()
+    with torch.no_grad():
+        before = lm_loss(model.decode(h), targets)
+    torch.clear_autocast_cache()  # low-precision weights that a pass without gradient left there carry none
+    h = model.refine(h)
+    logits = model.decode(h)
+    lm = lm_loss(logits, targets)
+    counts = targets != -100
+    confidence = precise(model.confidence(h))[counts]
+    right = (logits.argmax(dim=-1) == targets)[counts].type_as(confidence)
+    q = F.binary_cross_entropy_with_logits(confidence, right)
+    return Step(lm, F.silu(lm - before), q, h.detach())
+
+
+def deep_supervision(model, idx, targets, max_loops, supervised, rng):
+    """
+    Random deep supervision (§3.2): unroll B = max_loops passes over idx (B, T) and supervise K = supervised of them,
+    drawn uniformly by rng (a random.Random). Yields a Step for each; back-propagate it before asking for the next,
+    and memory holds the graph of one pass however large B is. The encoder and the other passes run without gradient;
+    those after the last drawn one would teach nothing and are not run.
+    """
+    drawn = rng.sample(range(max_loops), supervised)
+    with torch.no_grad():
+        h = model.encode(idx)
+    for b in range(max(drawn) + 1):
+        if b in drawn:
+            step = losses(model, h, targets)
+            h = step.h
+            yield step
+        else:
+            with torch.no_grad():
+                h = model.refine(h)

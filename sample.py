@@ -1,0 +1,136 @@
+"""
+Let a looped model write, each token taking the passes it needs.
+
+    python sample.py --max_loops=8 --prompt="def "    continue a prompt with the model train.py wrote last
+    python sample.py                                  ask for prompts, again and again (or read one from a pipe)
+    python sample.py --prompt="The sky is" --trace    watch the next token form, pass by pass (paper Fig. 7 and 8)
+
+On a terminal each token is tinted by the number of passes it took.
+"""
+
+import codecs
+import sys
+import time
+from dataclasses import dataclass
+
+import torch
+
+import convert
+from convert import flag
+from loopus import InputError
+
+TINTS = (75, 79, 114, 150, 186, 215, 209, 203)  # terminal colours from cool, few passes, to warm, many
+
+
+@dataclass
+class Settings:
+    """Continue a prompt with a looped model."""
+
+    init: str = flag("", "model: directory or hub name; empty: the one train.py wrote last")
+    prompt: str = flag("", "text to continue; empty: asked for, or read from a pipe")
+    max_loops: int = flag(8, "most passes per token (paper: 8); 0: the pretrained model, unlooped")
+    threshold: float = flag(0.6, "confidence at which a token stops (paper: 0.6); above 1: never")
+    max_new_tokens: int = flag(200, "tokens to write, unless the text ends before")
+    temperature: float = flag(0.8, "0: always the likeliest token")
+    top_k: int = flag(50, "draw among this many likeliest tokens")
+    seed: int = flag(2026, "of the random draws")
+    trace: bool = flag(False, "show the next token's candidates after each pass instead of writing")
+    device: str = flag("", "cpu, cuda or mps; empty: the best there is")
+    dtype: str = flag("", "bf16 or fp32 weights; empty: bf16 where the device is good at it")
+
+
+def tint(text, passes, max_loops):
+    """Colour text by its passes, where standard output is a terminal."""
+    if not sys.stdout.isatty() or max_loops < 1:
+        return text
+    colour = TINTS[(passes - 1) * (len(TINTS) - 1) // max(1, max_loops - 1)]
+    return f"\x1b[38;5;{colour}m{text}\x1b[0m"
+
+
+def write(model, tokenizer, prompt, s):
+    """Stream the continuation of a prompt to standard output, and one line about it to standard error."""
+    ids = encode(model, tokenizer, prompt)
+    generator = torch.Generator(ids.device).manual_seed(s.seed)
+    utf8 = codecs.getincrementaldecoder("utf-8")("replace")  # a character can span tokens
+    depths, begun = [], time.time()
+    if sys.stdout.isatty() and s.max_loops > 0:
+        print("passes: " + " ".join(tint(str(b), b, s.max_loops) for b in range(1, s.max_loops + 1)) + "\n")
+    print(prompt, end="", flush=True)
+    try:
+        for token, passes in model.stream(
+            ids, s.max_new_tokens, s.max_loops, s.threshold, s.temperature, s.top_k, generator
+        ):
+            if token.item() == tokenizer.end_of_text:
+                break
+            depths.append(passes.item())
+            print(
+                tint(utf8.decode(tokenizer.decode_bytes([token.item()])), depths[-1], s.max_loops), end="", flush=True
+            )
+    except KeyboardInterrupt:
+        pass
+    print(utf8.decode(b"", final=True), flush=True)
+    seconds, count = time.time() - begun, max(1, len(depths))
+    mean = f"{sum(depths) / count:.2f} passes each on average (of at most {s.max_loops})"
+    print(f"\n{len(depths)} tokens, {mean}, {len(depths) / seconds:.1f} tokens/s", file=sys.stderr)
+
+
+@torch.no_grad()
+def trace(model, tokenizer, prompt, s):
+    """
+    One row per pass for the token after the prompt: confidence q, step length ‖h^{b+1} − h^b‖₂, mean α over the
+    channels, and the likeliest tokens with their probabilities. No token is stopped; the first row that exit would
+    take is marked.
+    """
+    ids = encode(model, tokenizer, prompt)
+
+    def candidates(h):
+        top = model.decode(h)[0, -1].float().softmax(-1).topk(5)
+        return "  ".join(f"{tokenizer.decode([i])!r} {p:.3f}" for p, i in zip(*(t.tolist() for t in top)))
+
+    h = model.encode(ids)
+    print(f"{'pass':>4}  {'q':>5}  {'step':>8}  {'α':>5}  candidates")
+    print(f"{'base':>4}  {'':5}  {'':8}  {'':5}  {candidates(model.propose(h))}")
+    stopped = False
+    for b in range(1, s.max_loops + 1):
+        proposed = model.propose(h)
+        alpha = model.gate.alpha(proposed - h)[0, -1].float().mean()
+        before, h = h, model.gate(proposed, h)
+        step = (h - before)[0, -1].float().norm()
+        q = torch.sigmoid(model.confidence(h).float())[0, -1]
+        note = "  ← exit" if q >= s.threshold and not stopped else ""
+        stopped = stopped or q >= s.threshold
+        print(f"{b:>4}  {q:5.3f}  {step:8.2f}  {alpha:5.3f}  {candidates(h)}{note}")
+
+
+def encode(model, tokenizer, prompt):
+    ids = tokenizer.encode(prompt) or [tokenizer.end_of_text or 0]  # nothing to continue: begin a text
+    if len(ids) > model.config.block_size:
+        raise InputError(
+            f"the prompt has {len(ids)} tokens, the model's context holds {model.config.block_size}: shorten it"
+        )
+    return torch.tensor([ids], device=model.wte.weight.device)
+
+
+def main():
+    s = Settings(**convert.parse(Settings))
+    if s.max_loops < 0 or s.temperature < 0 or s.top_k < 1 or s.max_new_tokens < 1:
+        raise InputError("--max_loops and --temperature cannot be negative, --top_k and --max_new_tokens not under 1")
+    device, dtype = convert.pick_device(s.device, s.dtype)
+    src = s.init or convert.last_model()
+    model, tokenizer = convert.load(src, device, dtype)
+    if tokenizer is None:
+        raise InputError(f"{src} has no tokenizer.json: text cannot be read or written without one")
+    show = trace if s.trace else write
+    if s.prompt or not sys.stdin.isatty():
+        show(model, tokenizer, s.prompt or sys.stdin.read().rstrip("\n"), s)
+        return
+    print("What shall it continue? An empty line or Ctrl-C ends.")
+    while prompt := input("\n> "):
+        show(model, tokenizer, prompt, s)
+
+
+if __name__ == "__main__":
+    try:
+        convert.run(main)
+    except EOFError:  # Ctrl-D at the prompt
+        print()

@@ -1,0 +1,72 @@
+"""What the tests share: the golden checkpoints, small random models, and the five programs run as a user runs them."""
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT))
+GOLDEN = Path(__file__).parent / "golden"
+
+import convert  # noqa: E402
+from loopus import Config, LoopUS  # noqa: E402
+
+SHAPES = {
+    "gpt2": dict(n_kv_head=4, norm="layer", mlp="gelu", bias=True, rope_theta=0.0),
+    "llama": dict(n_kv_head=2, norm="rms", mlp="swiglu", bias=False, rope_theta=10000.0),
+}
+
+
+def random_model(shape="llama", seed=0, **overrides):
+    """A model of random weights whose gate and confidence head do something, too: 5 layers cut 1, 3, 1."""
+    torch.manual_seed(seed)
+    values = dict(vocab_size=257, block_size=64, n_layer=5, n_head=4, head_dim=8, n_embd=32, n_inner=64, norm_eps=1e-5)
+    model = LoopUS(Config(**values | SHAPES[shape] | overrides)).eval()
+    model.reset_parameters()
+    for p in model.parameters():
+        torch.nn.init.normal_(p, std=0.25) if p.dim() > 1 else p.data.add_(torch.randn_like(p) * 0.1)
+    return model
+
+
+@pytest.fixture(params=list(SHAPES))
+def model(request):
+    return random_model(request.param)
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path, monkeypatch):
+    """Tests neither read nor write the user's cache, and never reach the network."""
+    monkeypatch.setenv("LOOPUS_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
+    torch.set_num_threads(2)
+
+
+@pytest.fixture
+def command(monkeypatch, capsys):
+    """command(module, "--flag=…", …) → (exit code, standard output, standard error), without starting a new Python."""
+
+    def call(module, *arguments):
+        monkeypatch.setattr(sys, "argv", [f"{module.__name__}.py", *map(str, arguments)])
+        code = 0
+        try:
+            convert.run(module.main)
+        except SystemExit as e:
+            code = e.code
+            if isinstance(code, str):
+                print(code, file=sys.stderr)
+                code = 1
+        out, err = capsys.readouterr()
+        return code, out, err
+
+    return call
+
+
+@pytest.fixture
+def checkpoint(tmp_path):
+    """A small byte-level model in the hub's layout, and a text of 40 kB beside it: (directory, text file)."""
+    convert.save(random_model("gpt2"), convert.byte_tokenizer(), tmp_path / "tiny", hub_layout=True)
+    text = tmp_path / "text.txt"
+    text.write_text((ROOT / "loopus.py").read_text(encoding="utf-8") * 2, encoding="utf-8")
+    return tmp_path / "tiny", text

@@ -1,0 +1,343 @@
+"""
+Make a looped model of a pretrained one: random deep supervision (paper §3.2), or plain next-token training as its
+control.
+
+    python train.py                                   the whole story in minutes, on any machine, without network
+    python train.py --init=gpt2 --data=book.txt       a real model on real text, with the paper's constants
+
+Without --init it reads the source of Python's standard library as bytes, trains a small base model on it, recasts and
+trains that as a looped model, spends the same tokens on the unlooped base, and compares the three on files none of
+them has seen.
+"""
+
+import json
+import math
+import random
+import shutil
+import sys
+import time
+from dataclasses import asdict, dataclass, replace
+from functools import lru_cache, partial
+from pathlib import Path
+
+import numpy as np
+import torch
+
+import convert
+from convert import flag
+from eval import depth_losses, exit_stats, windows
+from loopus import Config, InputError, LoopUS, deep_supervision, lm_loss
+
+
+@dataclass
+class Settings:
+    """Train a looped model, or with --objective=lm the unlooped one. Defaults are the paper's constants (App. A)."""
+
+    init: str = flag("", "model to start from: hub name or directory; empty: the whole story from nothing, see above")
+    data: str = flag("", 'text file, directory, glob or .bin tokens; "python": the source of its standard library')
+    val: str = flag("", "held-out text; empty: every 20th file of --data, or the last 20th of a single one")
+    out: str = flag("out/loop", "directory of the run: checkpoints and log.jsonl")
+    resume: bool = flag(False, "go on from the newest checkpoint in --out, with the settings it was started with")
+    objective: str = flag(
+        "loop", "loop: random deep supervision; lm: next-token training of the unlooped model, the control"
+    )
+    # the loop
+    max_loops: int = flag(20, "B, passes unrolled per batch (paper: 20)")
+    supervised: int = flag(5, "K, passes supervised among them (paper: 5)")
+    encoder_layers: int = flag(-1, "layers run once before the loop; -1: the paper's cut, or by the layer profile")
+    decoder_layers: int = flag(-1, "layers run once after the loop; -1: likewise")
+    gate_start: str = flag(
+        "", "first α of every channel, or s4d: the authors' start; empty: 0.5, or the checkpoint's own"
+    )
+    # the optimizer
+    steps: int = flag(22888, "optimizer steps (paper: 3B tokens)")
+    batch: int = flag(2, "sequences per micro-batch (paper: 2)")
+    accumulate: int = flag(64, "micro-batches per optimizer step (paper: 64)")
+    context: int = flag(1024, "tokens per sequence (paper: 1024)")
+    lr: float = flag(5e-5, "peak learning rate, cosine decay (paper: 5e-5)")
+    new_lr: float = flag(10.0, "how many times --lr the gate and the confidence head learn at")
+    warmup: int = flag(300, "steps until the peak learning rate (paper: 300)")
+    weight_decay: float = flag(0.1, "AdamW's, on matrices")
+    seed: int = flag(2026, "of the data order and the depths drawn (paper: 2026)")
+    # reports
+    log_every: int = flag(10, "steps between log lines")
+    eval_every: int = flag(500, "steps between held-out losses and checkpoints")
+    eval_tokens: int = flag(16384, "held-out tokens per evaluation")
+    # the machine
+    device: str = flag("", "cpu, cuda or mps; empty: the best there is")
+    dtype: str = flag("", "bf16 (autocast, weights stay fp32) or fp32; empty: bf16 where the device is good at it")
+    compile: bool = flag(False, "compile the blocks with torch.compile")
+
+
+def check(s):
+    """Refuse settings that cannot be meant."""
+    if s.objective not in ("loop", "lm"):
+        raise InputError(f"--objective={s.objective} is not known: expected loop or lm")
+    if not 1 <= s.supervised <= s.max_loops:
+        raise InputError(
+            f"--supervised={s.supervised} passes cannot be drawn from --max_loops={s.max_loops}: K is 1 … B"
+        )
+    for name in ("steps", "batch", "accumulate", "context", "log_every", "eval_every"):
+        if getattr(s, name) < 1:
+            raise InputError(f"--{name}={getattr(s, name)} is too small: expected at least 1")
+    if not s.data:
+        raise InputError('no --data: give a text file, a directory, a glob, .bin tokens, or "python"')
+
+
+@lru_cache(maxsize=2)
+def shuffled(count, seed, epoch):
+    return np.random.default_rng((seed, epoch)).permutation(count)
+
+
+def micro_batch(tokens, s, i):
+    """
+    Micro-batch number i of the run: inputs and next tokens, (batch, context) each. The text is cut into windows, each
+    read once per epoch in an order of its own, so that what is read depends on the seed and on i alone.
+    """
+    count = (len(tokens) - 1) // s.context
+    if count < 1:
+        raise InputError(
+            f"{len(tokens)} training tokens are less than one context of {s.context}: give more, or --context"
+        )
+    numbers = range(i * s.batch, (i + 1) * s.batch)
+    starts = [shuffled(count, s.seed, n // count)[n % count] * s.context for n in numbers]
+    rows = torch.from_numpy(np.stack([tokens[a : a + s.context + 1] for a in starts]).astype(np.int64))
+    return rows[:, :-1], rows[:, 1:]
+
+
+def learning_rate(s, step):
+    """Linear warm-up to s.lr, then a cosine down to a tenth of it."""
+    warmup = min(s.warmup, s.steps // 10)
+    if step < warmup:
+        return s.lr * (step + 1) / warmup
+    return s.lr * (0.55 + 0.45 * math.cos(math.pi * (step - warmup) / max(1, s.steps - warmup)))
+
+
+def make_optimizer(model, s):
+    """
+    AdamW over what trains: for the loop all but the encoder, gate and head faster; for lm all but gate and head.
+    """
+    groups = {}
+    for name, p in model.named_parameters():
+        new, kept = name.startswith(("gate.", "q_head.")), name.startswith(("wte.", "wpe.", "encoder."))
+        p.requires_grad_(not kept if s.objective == "loop" else not new)
+        if p.requires_grad:
+            groups.setdefault((s.new_lr if new else 1.0, s.weight_decay if p.dim() > 1 else 0.0), []).append(p)
+    groups = [dict(params=ps, weight_decay=decay, scale=scale) for (scale, decay), ps in groups.items()]
+    return torch.optim.AdamW(groups, lr=s.lr, betas=(0.9, 0.95), fused=model.wte.weight.device.type != "mps")
+
+
+def gradients(model, x, y, s, micro):
+    """
+    Add the gradients of one micro-batch, each supervised step's at once → the sums of L_LM, L_mono and L_Q over them.
+    """
+    terms = torch.zeros(3, device=x.device)
+    if s.objective == "lm":
+        loss = lm_loss(model(x, loops=0), y)
+        (loss / s.accumulate).backward()
+        terms[0] = loss.detach()
+        return terms
+    depths = random.Random(f"depths {s.seed} {micro}")
+    for step in deep_supervision(model, x, y, s.max_loops, s.supervised, depths):
+        ((step.lm + step.mono + step.q) / (s.accumulate * s.supervised)).backward()
+        terms += torch.stack((step.lm, step.mono, step.q)).detach() / s.supervised
+    return terms
+
+
+def train(s):
+    """One run of `s` from s.init to a checkpoint in s.out/step-…; → the directory of that checkpoint."""
+    # ---- setup
+    check(s)
+    device, dtype = convert.pick_device(s.device, s.dtype)
+    out = Path(s.out)
+    found = sorted(out.glob("step-*/optimizer.pt"))
+    if s.resume and not found:
+        raise InputError(f"--resume: {out} holds no checkpoint to go on from; start without --resume")
+    if found and not s.resume:
+        raise InputError(
+            f"{out} already holds a run, at {found[-1].parent.name}: --resume goes on, another --out starts anew"
+        )
+    torch.manual_seed(s.seed)
+    cuts = {k: getattr(s, k) for k in ("encoder_layers", "decoder_layers") if getattr(s, k) >= 0}
+    start = dict(gate_start=s.gate_start) if s.gate_start else {}
+    model, tokenizer = convert.load(found[-1].parent if found else s.init, device, **cuts, **start)
+    if tokenizer is None:
+        raise InputError(f"{s.init} has no tokenizer.json: text cannot be read without one")
+    if s.context > model.config.block_size:
+        raise InputError(f"--context={s.context} is more than the model's {model.config.block_size}: give at most that")
+    tokens, held_out = convert.load_data(s.data, s.val, tokenizer)
+    sequences = windows(held_out, s.context, s.eval_tokens)
+    optimizer = make_optimizer(model, s)
+    first = 0
+    if found:
+        saved = torch.load(found[-1], map_location=device, weights_only=True)
+        optimizer.load_state_dict(saved["optimizer"])
+        first = saved["step"]
+    out.mkdir(parents=True, exist_ok=True)
+    log = open(out / "log.jsonl", "a", encoding="utf-8")
+    if s.compile:
+        for block in model.layers():
+            block.compile()
+
+    autocast = partial(torch.autocast, device.type, dtype, enabled=dtype != torch.float32)
+
+    def report(line, **values):
+        print(line, flush=True)
+        log.write(json.dumps(values) + "\n")
+        log.flush()
+
+    c = model.config
+    cut = f"{c.encoder_layers} + {c.reasoning_layers} + {c.decoder_layers} layers"
+    parameters = sum(p.numel() for p in model.parameters())
+    print(
+        f"{s.objective}: {parameters / 1e6:.1f}M parameters, {cut}, {len(tokens):,} tokens, {device}, {dtype}, to {out}",
+        flush=True,
+    )
+
+    def evaluate(step):
+        model.eval()
+        depths = [0] if s.objective == "lm" else [0, 1, 2, 4, 8]
+        losses = depth_losses(model, sequences, depths, s.batch, autocast)
+        report(
+            f"step {step}: held-out loss " + ", ".join(f"{loss:.4f} at {d}" for d, loss in losses.items()),
+            step=step,
+            held_out=losses,
+        )
+        model.train()
+
+    def checkpoint(step):
+        directory = out / f"step-{step:07d}"
+        with convert.replaced(directory) as new:
+            convert.write(model, tokenizer, new)
+            (new / "settings.json").write_text(json.dumps(asdict(s), indent=2) + "\n", encoding="utf-8")
+            torch.save(dict(step=step, optimizer=optimizer.state_dict()), new / "optimizer.pt")
+        for old in set(out.glob("step-*")) - {directory}:
+            shutil.rmtree(old)
+        if s.objective == "loop":
+            convert.remember(directory)
+        return directory
+
+    # ---- the loop
+    begun = last = time.time()
+    logged = first
+    for step in range(first, s.steps):
+        if step % s.eval_every == 0:
+            evaluate(step)
+        rate = learning_rate(s, step)
+        for group in optimizer.param_groups:
+            group["lr"] = rate * group["scale"]
+        terms = torch.zeros(3, device=device)
+        for micro in range(step * s.accumulate, (step + 1) * s.accumulate):
+            x, y = micro_batch(tokens, s, micro)
+            with autocast():  # ends before the optimizer steps: its copies of the weights must not outlive them
+                terms += gradients(model, x.to(device), y.to(device), s, micro)
+        norm = torch.nn.utils.clip_grad_norm_([p for p in model.parameters() if p.requires_grad], 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        if (step + 1) % s.log_every == 0 or step + 1 == s.steps:
+            lm, mono, q = (terms / s.accumulate).tolist()
+            now = time.time()
+            speed = (step + 1 - logged) * s.accumulate * s.batch * s.context / (now - last)
+            left = (now - begun) / (step + 1 - first) * (s.steps - step - 1)
+            values = dict(step=step + 1, lm=lm, mono=mono, q=q, lr=rate, grad_norm=norm.item(), tokens_per_second=speed)
+            parts = f"lm {lm:.4f}" + (f"  mono {mono:+.4f}  q {q:.4f}" if s.objective == "loop" else "")
+            report(
+                f"{step + 1:>6}/{s.steps}  {parts}  lr {rate:.1e}  norm {norm:.2f}  {speed:,.0f} tokens/s  {clock(left)} left",
+                **values,
+            )
+            last, logged = now, step + 1
+        if (step + 1) % s.eval_every == 0 and step + 1 < s.steps:
+            checkpoint(step + 1)
+    evaluate(s.steps)
+    directory = checkpoint(s.steps)
+    print(
+        f"{s.objective}: {clock(time.time() - begun)}, peak memory {peak_memory(device):.2f} GB, written to {directory}",
+        flush=True,
+    )
+    return directory
+
+
+def clock(seconds):
+    return f"{int(seconds // 3600)}:{int(seconds // 60 % 60):02d}:{int(seconds % 60):02d}"
+
+
+def peak_memory(device):
+    """Most memory this process has held so far, in GB: the GPU's, or its resident set."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated() / 1e9
+    try:
+        import resource
+    except ImportError:  # Windows
+        return math.nan
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 1e9
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Without --init: the whole story
+
+
+def story(given):
+    """
+    Pretrain a small base model, recast and train it as a looped one, train the control on the same tokens, and compare.
+    `given` are the flags that were set; the base is trained for three times the steps of the other two.
+    """
+    out, begun = Path(given.pop("out", "out/story")), time.time()
+    device, dtype = convert.pick_device(given.get("device", ""), given.get("dtype", ""))
+    width, batch = (512, 64) if device.type == "cuda" else (128, 4)  # some minutes on a GPU, and on two CPU cores
+    shared = dict(data="python", batch=batch, accumulate=1, context=256, warmup=50, log_every=100, eval_every=10**9)
+    shared |= dict(steps=400, lr=5e-4, max_loops=8, supervised=2, encoder_layers=2, decoder_layers=2) | given
+    untrained, base = out / "untrained", out / "base"
+    if not (base / "config.json").exists():
+        torch.manual_seed(shared.get("seed", Settings.seed))
+        shape = dict(n_layer=6, n_embd=width, n_head=width // 64, n_kv_head=width // 64, head_dim=64, n_inner=4 * width)
+        kind = dict(norm="layer", norm_eps=1e-5, mlp="gelu", bias=True, rope_theta=0.0)
+        model = LoopUS(Config(vocab_size=257, block_size=512, **shape, **kind))
+        model.reset_parameters()
+        convert.save(model, convert.byte_tokenizer(), untrained, hub_layout=True)
+        new = dict(
+            init=str(untrained), out=str(out / "pretraining"), objective="lm", steps=3 * shared["steps"], lr=2e-3
+        )
+        pretrained = stage("1/3 pretrain a small base model", Settings(**shared | new))
+        convert.save(*convert.load(pretrained), base, hub_layout=True)
+    shared["init"] = str(base)
+    control = stage(
+        "2/3 the control: go on without loop", Settings(**shared | dict(out=str(out / "control"), objective="lm"))
+    )
+    loop = stage("3/3 recast it and train the loop", Settings(**shared | dict(out=str(out / "loop"))))
+
+    print(f"\nheld-out loss, nats per byte ({clock(time.time() - begun)} so far)")
+    for name, directory, depths in (("base", base, [0]), ("control", control, [0]), ("looped", loop, [0, 1, 2, 4, 8])):
+        model, tokenizer = convert.load(directory, device)
+        sequences = windows(convert.load_data("python", "", tokenizer)[1], 256, 65536)
+        autocast = partial(torch.autocast, device.type, dtype, enabled=dtype != torch.float32)
+        for depth, loss in depth_losses(model, sequences, depths, 16, autocast).items():
+            print(f"{name:8} {f'{depth} passes' if depth else 'unlooped':24} {loss:.4f}", flush=True)
+    stats = exit_stats(model, sequences, 8, 0.6, 16, autocast)
+    passes = f"exit, {stats['mean_passes']:.2f} passes"
+    print(f"{'looped':8} {passes:24} {stats['loss']:.4f}")
+    print(f"\n{clock(time.time() - begun)}. Now: python sample.py --max_loops=8 --prompt='def ', and python eval.py")
+
+
+def stage(title, s):
+    """Run `s`, go on with it where it was broken off, or skip it where it is done. → its last checkpoint."""
+    done = Path(s.out) / f"step-{s.steps:07d}"
+    if (done / "config.json").exists():
+        print(f"== {title}: done before, see {done}")
+        return done
+    print(f"== {title}")
+    return train(replace(s, resume=any(Path(s.out).glob("step-*/optimizer.pt"))))
+
+
+def main():
+    given = convert.parse(Settings)
+    if not given.get("init") and not given.get("resume"):
+        story(given)
+        return
+    if given.get("resume"):
+        saved = sorted(Path(given.get("out", Settings.out)).glob("step-*/settings.json"))
+        given = (json.loads(saved[-1].read_text()) if saved else {}) | given
+    train(Settings(**given))
+
+
+if __name__ == "__main__":
+    convert.run(main)
