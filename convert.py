@@ -497,9 +497,7 @@ def load_tokens(files, tokenizer):
     tokens.
     """
     small = np.uint16 if tokenizer.n_vocab <= 1 << 16 else np.uint32
-    if any(f.suffix == ".bin" for f in files):
-        if len(files) > 1:
-            raise InputError(f"{files[0]} and {len(files) - 1} more: give one .bin file, or text files alone")
+    if [f.suffix for f in files] == [".bin"]:
         return map_tokens(files[0], small, tokenizer)
     stamp = hashlib.sha256(json.dumps(tokenizer.spec, sort_keys=True).encode())
     for f in files:
@@ -512,6 +510,9 @@ def load_tokens(files, tokenizer):
         try:
             with open(part, "wb") as out:
                 for f in files:
+                    if f.suffix == ".bin":
+                        map_tokens(f, small, tokenizer).astype(small).tofile(out)
+                        continue
                     for piece in pieces(f):
                         np.array(tokenizer.encode(piece), dtype=small).tofile(out)
                         done += len(piece.encode())

@@ -11,6 +11,7 @@ tokenizers.
 import json
 import math
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
@@ -120,42 +121,26 @@ def main():
     context = min(s.context, model.config.block_size)
     sequences = windows(tokens, context, s.tokens)
     count = sequences[:, 1:].numel()
-    nats_to_bits_per_byte = (
-        count / sum(len(tokenizer.bytes_of[i]) for i in sequences[:, 1:].flatten().tolist()) / math.log(2)
-    )
-
-    def autocast():
-        return torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
-
+    length = sum(len(tokenizer.bytes_of[i]) for i in sequences[:, 1:].flatten().tolist())
+    bits_per_byte = count / length / math.log(2)
+    autocast = partial(torch.autocast, device.type, dtype, enabled=dtype != torch.float32)
     by_depth = depth_losses(model, sequences, range(s.max_loops + 1), s.batch, autocast)
     exit = exit_stats(model, sequences, s.max_loops, s.threshold, s.batch, autocast)
-    rows = [(depth, loss, depth) for depth, loss in by_depth.items()] + [("exit", exit["loss"], exit["mean_passes"])]
-    table = [
-        dict(
-            passes=name,
-            mean_passes=mean,
-            loss=loss,
-            perplexity=math.exp(loss),
-            bits_per_byte=loss * nats_to_bits_per_byte,
-        )
-        for name, loss, mean in rows
-    ]
+    rows = [*((depth, depth, loss) for depth, loss in by_depth.items()), ("exit", exit["mean_passes"], exit["loss"])]
+    names = "passes", "mean_passes", "loss", "perplexity", "bits_per_byte"
+    rows = [dict(zip(names, (*row, math.exp(row[-1]), row[-1] * bits_per_byte))) for row in rows]
     if s.json:
-        print(json.dumps(dict(init=str(directory), tokens=count, depths=table, threshold=s.threshold, exit=exit)))
+        print(json.dumps(dict(init=str(directory), tokens=count, depths=rows, threshold=s.threshold, exit=exit)))
         return
     print(f"{directory}: {count:,} held-out tokens in sequences of {context}")
     print(f"{'passes':>8} {'mean':>6} {'loss':>8} {'perplexity':>11} {'bits/byte':>10}")
-    for r in table:
-        note = "  the base: one ungated pass" if r["passes"] == 0 else ""
-        print(
-            f"{r['passes']:>8} {r['mean_passes']:6.2f} {r['loss']:8.4f} {r['perplexity']:11.3f} {r['bits_per_byte']:10.4f}{note}"
-        )
+    for r in rows:
+        print("{passes:>8} {mean_passes:6.2f} {loss:8.4f} {perplexity:11.3f} {bits_per_byte:10.4f}".format(**r), end="")
+        print("  the base: one ungated pass" if r["passes"] == 0 else "")
     print(f"\npasses taken with exit at confidence {s.threshold}")
     for b, n in enumerate(exit["histogram"], start=1):
         print(f"{b:>8} {'█' * round(40 * n / count):40} {n / count:6.1%}")
-    print(
-        f"\nconfidence at exit, and how often the likeliest token was right (expected calibration error {exit['ece']:.3f})"
-    )
+    print(f"\nconfidence at exit, and how often the likeliest token was right (mean gap, the ECE: {exit['ece']:.3f})")
     for b in exit["calibration"]:
         print(f"{b['above']:>8.1f}+ said {b['confidence']:.3f}, was {b['right']:.3f}, {b['tokens']:,} tokens")
 

@@ -188,21 +188,15 @@ def train(s):
 
     c = model.config
     cut = f"{c.encoder_layers} + {c.reasoning_layers} + {c.decoder_layers} layers"
-    parameters = sum(p.numel() for p in model.parameters())
-    print(
-        f"{s.objective}: {parameters / 1e6:.1f}M parameters, {cut}, {len(tokens):,} tokens, {device}, {dtype}, to {out}",
-        flush=True,
-    )
+    size = f"{sum(p.numel() for p in model.parameters()) / 1e6:.1f}M parameters"
+    print(f"{s.objective}: {size}, {cut}, {len(tokens):,} tokens, {device}, {dtype}, to {out}", flush=True)
 
     def evaluate(step):
         model.eval()
         depths = [0] if s.objective == "lm" else [0, 1, 2, 4, 8]
         losses = depth_losses(model, sequences, depths, s.batch, autocast)
-        report(
-            f"step {step}: held-out loss " + ", ".join(f"{loss:.4f} at {d}" for d, loss in losses.items()),
-            step=step,
-            held_out=losses,
-        )
+        line = ", ".join(f"{loss:.4f} at {depth}" for depth, loss in losses.items())
+        report(f"step {step}: held-out loss {line} passes", step=step, held_out=losses)
         model.train()
 
     def checkpoint(step):
@@ -239,21 +233,18 @@ def train(s):
             now = time.time()
             speed = (step + 1 - logged) * s.accumulate * s.batch * s.context / (now - last)
             left = (now - begun) / (step + 1 - first) * (s.steps - step - 1)
-            values = dict(step=step + 1, lm=lm, mono=mono, q=q, lr=rate, grad_norm=norm.item(), tokens_per_second=speed)
             parts = f"lm {lm:.4f}" + (f"  mono {mono:+.4f}  q {q:.4f}" if s.objective == "loop" else "")
-            report(
-                f"{step + 1:>6}/{s.steps}  {parts}  lr {rate:.1e}  norm {norm:.2f}  {speed:,.0f} tokens/s  {clock(left)} left",
-                **values,
-            )
+            pace = f"{speed:,.0f} tokens/s  {clock(left)} left"
+            line = f"{step + 1:>6}/{s.steps}  {parts}  lr {rate:.1e}  norm {norm:.2f}  {pace}"
+            values = dict(lm=lm, mono=mono, q=q, lr=rate, grad_norm=norm.item(), tokens_per_second=speed)
+            report(line, step=step + 1, **values, seconds_left=left)
             last, logged = now, step + 1
         if (step + 1) % s.eval_every == 0 and step + 1 < s.steps:
             checkpoint(step + 1)
     evaluate(s.steps)
     directory = checkpoint(s.steps)
-    print(
-        f"{s.objective}: {clock(time.time() - begun)}, peak memory {peak_memory(device):.2f} GB, written to {directory}",
-        flush=True,
-    )
+    spent = f"{clock(time.time() - begun)}, peak memory {peak_memory(device):.2f} GB"
+    print(f"{s.objective}: {spent}, written to {directory}", flush=True)
     return directory
 
 
@@ -278,13 +269,22 @@ def peak_memory(device):
 
 def story(given):
     """
-    Pretrain a small base model, recast and train it as a looped one, train the control on the same tokens, and compare.
-    `given` are the flags that were set; the base is trained for three times the steps of the other two.
+    Pretrain a small base model, recast and train it as a looped one, train the control on the same tokens, and
+    compare. `given` are the flags that were set; the base is trained for three times the steps of the other two.
     """
     out, begun = Path(given.pop("out", "out/story")), time.time()
     device, dtype = convert.pick_device(given.get("device", ""), given.get("dtype", ""))
     width, batch = (512, 64) if device.type == "cuda" else (128, 4)  # some minutes on a GPU, and on two CPU cores
-    shared = dict(data="python", batch=batch, accumulate=1, context=256, warmup=50, log_every=100, eval_every=10**9)
+    shared = dict(
+        data="python",
+        batch=batch,
+        accumulate=1,
+        context=256,
+        warmup=50,
+        log_every=100,
+        eval_every=10**9,
+        eval_tokens=32768,
+    )
     shared |= dict(steps=400, lr=5e-4, max_loops=8, supervised=2, encoder_layers=2, decoder_layers=2) | given
     untrained, base = out / "untrained", out / "base"
     if not (base / "config.json").exists():
@@ -308,7 +308,7 @@ def story(given):
     print(f"\nheld-out loss, nats per byte ({clock(time.time() - begun)} so far)")
     for name, directory, depths in (("base", base, [0]), ("control", control, [0]), ("looped", loop, [0, 1, 2, 4, 8])):
         model, tokenizer = convert.load(directory, device)
-        sequences = windows(convert.load_data("python", "", tokenizer)[1], 256, 65536)
+        sequences = windows(convert.load_data("python", "", tokenizer)[1], 256, shared["eval_tokens"])
         autocast = partial(torch.autocast, device.type, dtype, enabled=dtype != torch.float32)
         for depth, loss in depth_losses(model, sequences, depths, 16, autocast).items():
             print(f"{name:8} {f'{depth} passes' if depth else 'unlooped':24} {loss:.4f}", flush=True)

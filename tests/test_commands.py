@@ -1,0 +1,206 @@
+"""The programs as a user runs them: the way from a checkpoint to text and figures, and every wrong turn in one line."""
+
+import json
+import os
+import pty
+import select
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from conftest import ROOT, random_model
+
+import convert
+import eval as evaluation
+import sample
+import train
+
+SMALL = [
+    "--steps=4",
+    "--batch=2",
+    "--accumulate=1",
+    "--context=32",
+    "--max_loops=4",
+    "--supervised=2",
+    "--eval_tokens=256",
+]
+
+
+def trained(command, checkpoint, out):
+    directory, text = checkpoint
+    return command(train, f"--init={directory}", f"--data={text}", f"--out={out}", *SMALL)
+
+
+def test_train_eval_sample(command, checkpoint, tmp_path):
+    code, out, err = trained(command, checkpoint, tmp_path / "run")
+    assert code == 0 and "step 4: held-out loss" in out and "peak memory" in out
+
+    code, out, _ = command(evaluation, "--max_loops=3", "--context=32", "--tokens=512", "--json")
+    report = json.loads(out)
+    assert code == 0 and str(tmp_path / "run") in report["init"] and report["tokens"] == 512
+    assert [r["passes"] for r in report["depths"]] == [0, 1, 2, 3, "exit"]
+    for r in report["depths"]:  # bytes are tokens here
+        assert abs(r["bits_per_byte"] - r["loss"] / 0.693147) < 0.01 * r["loss"]
+    assert sum(report["exit"]["histogram"]) == 512 == sum(b["tokens"] for b in report["exit"]["calibration"])
+    code, out, _ = command(evaluation, "--max_loops=3", "--context=32", "--tokens=512")
+    assert code == 0 and "perplexity" in out and "passes taken with exit" in out and "said" in out
+
+    arguments = ["--prompt=def ", "--max_new_tokens=12", "--max_loops=3", "--seed=1"]
+    code, text, line = command(sample, *arguments)
+    assert code == 0 and text.startswith("def ") and "12 tokens," in line and "of at most 3" in line
+    assert "\x1b" not in text  # no colours where nobody looks
+    assert command(sample, *arguments)[1] == text
+    assert command(sample, *arguments[:-1], "--seed=2")[1] != text
+    code, text, _ = command(sample, "--prompt=def ", "--trace", "--max_loops=3")
+    rows = text.splitlines()
+    assert code == 0 and len(rows) == 5 and rows[1].startswith("base") and rows[4].split()[0] == "3"
+
+
+def test_evaluation_agrees_with_plain_sums(checkpoint):
+    directory, text = checkpoint
+    model, tokenizer = convert.load(directory)
+    sequences = evaluation.windows(convert.load_tokens(convert.find_files(str(text)), tokenizer), 32, 320)
+    x, y = sequences[:, :-1], sequences[:, 1:]
+    losses = evaluation.depth_losses(model, sequences, [0, 1, 3], 4, torch.no_grad)
+    for depth, loss in losses.items():
+        logits = model(x, depth)
+        expected = -torch.log_softmax(logits, -1).gather(-1, y[..., None]).mean().item()
+        assert abs(loss - expected) < 1e-4
+    never = evaluation.exit_stats(model, sequences, 3, 2.0, 4, torch.no_grad)
+    assert abs(never["loss"] - losses[3]) < 1e-4 and never["mean_passes"] == 3
+    logits = model(x, 3)
+    right = (logits.argmax(-1) == y).float().mean().item()
+    assert abs(sum(b["tokens"] * b["right"] for b in never["calibration"]) / y.numel() - right) < 1e-5
+
+
+def test_the_whole_story_in_small(command, tmp_path):
+    arguments = ["--steps=2", "--eval_tokens=1024", f"--out={tmp_path / 'story'}"]
+    code, out, err = command(train, *arguments)
+    assert code == 0, err
+    assert (tmp_path / "story" / "base" / "model.safetensors").exists()
+    table = out.split("held-out loss, nats per byte")[1].splitlines()
+    assert [line.split()[0] for line in table[1:9]] == ["base", "control"] + ["looped"] * 6
+    assert all(0 < float(line.split()[-1]) < 7 for line in table[1:9])
+    begun = time.time()
+    code, again, _ = command(train, *arguments)  # every stage is there: only the table is made again
+    assert code == 0 and again.count("done before") == 2 and "lr" not in again
+    assert again.split("nats per byte")[1].splitlines()[1:9] == table[1:9] and time.time() - begun < 120
+    assert convert.last_model().endswith("step-0000002") and "loop" in convert.last_model()
+
+
+def test_profile_and_conversion(command, checkpoint, tmp_path):
+    directory, text = checkpoint
+    code, out, _ = command(
+        convert, directory, "--profile", f"--data={text}", "--encoder_layers=1", "--decoder_layers=1"
+    )
+    assert code == 0 and out.count("layer ") == 5 and "by the rule" in out and out.count("cut ") == 5
+    code, out, _ = command(convert, directory, tmp_path / "looped", "--encoder_layers=2", "--decoder_layers=1")
+    assert code == 0 and "2 encoder, 2 looped and 1 decoder layers" in out
+    model, _ = convert.load(tmp_path / "looped")
+    assert model.config.encoder_layers == 2 and model.config.decoder_layers == 1
+
+
+def wrong(ended, *expected, code=1):
+    """The program ended with this code and one line, which says all that is expected."""
+    found, _, err = ended
+    lines = [line for line in err.splitlines() if line]
+    assert found == code and len(lines) == 1 and "Traceback" not in err, err
+    for words in expected:
+        assert words in lines[0], lines[0]
+
+
+def test_bad_input_is_one_line(command, checkpoint, tmp_path):
+    directory, text = checkpoint
+    init, data = f"--init={directory}", f"--data={text}"
+    out, more = f"--out={tmp_path / 'run'}", "--context=32"
+    empty = tmp_path / "empty.txt"
+    empty.touch()
+    (tmp_path / "binary.txt").write_bytes(b"\xff\xfe")
+    for module in (train, sample, evaluation, convert):
+        wrong(command(module, "--max_lops=8"), "unrecognized arguments: --max_lops=8", code=2)
+    wrong(command(train, init, data, "--steps=many"), "--steps", "invalid int value: 'many'", code=2)
+    wrong(command(train, init, out), "no --data")
+    wrong(
+        command(train, init, out, more, f"--data={tmp_path}/none.txt"),
+        "none.txt matches no file",
+        "expected a text file",
+    )
+    wrong(command(train, init, out, more, f"--data={empty}"), "empty.txt is empty")
+    wrong(command(train, init, out, more, f"--data={tmp_path}/binary.txt"), "binary.txt is not UTF-8 text")
+    wrong(command(train, init, data, out, more, "--max_loops=4"), "--supervised=5", "--max_loops=4")
+    wrong(
+        command(train, init, data, out, more, "--encoder_layers=4", "--decoder_layers=1"),
+        "no reasoning block in 5 layers",
+    )
+    wrong(command(train, init, data, out, "--context=65"), "--context=65", "64")
+    wrong(command(train, init, data, out, "--resume"), "--resume", "no checkpoint")
+    wrong(command(train, init, data, out, "--objective=rl"), "expected loop or lm")
+    wrong(command(train, init, data, out, "--steps=0"), "--steps=0 is too small")
+    wrong(command(train, init, data, out, "--device=abacus"), "--device=abacus", "expected cpu")
+    wrong(command(train, init, data, out, "--dtype=fp8"), "expected bf16 or fp32")
+    wrong(command(train, init, data, out, more, "--gate_start=1.5"), "gate_start is 1.5")
+    wrong(command(sample), "no --init")
+    wrong(command(evaluation, init), "give --data")
+    wrong(command(sample, init, "--prompt=" + "x" * 65), "65 tokens", "holds 64")
+    wrong(command(sample, init, "--prompt=x", "--temperature=-1"), "--temperature")
+    wrong(command(evaluation, f"--init={tmp_path / 'nothing'}"), "is no directory here and no name on the hub")
+    wrong(command(convert, directory), "SRC OUT")
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_run_is_not_overwritten(command, checkpoint, tmp_path):
+    assert trained(command, checkpoint, tmp_path / "run")[0] == 0
+    before = sorted((tmp_path / "run").rglob("*"))
+    wrong(trained(command, checkpoint, tmp_path / "run"), "already holds a run", "--resume goes on")
+    assert sorted((tmp_path / "run").rglob("*")) == before
+    code, out, _ = command(train, "--resume", f"--out={tmp_path / 'run'}", "--steps=6")  # the other settings are kept
+    assert code == 0 and "step 6: held-out loss" in out and "5/6" not in out.split("step 4")[0]
+
+
+def test_full_disk_ends_training_with_the_old_checkpoint_whole(command, checkpoint, tmp_path):
+    run = tmp_path / "run"
+    assert trained(command, checkpoint, run)[0] == 0
+    before = {f: f.read_bytes() for f in (run / "step-0000004").iterdir()}
+    code = (
+        "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (100000, 100000)); import sys, convert, train;"
+        f"sys.argv = ['train.py', '--resume', '--out={run}', '--steps=6']; convert.run(train.main)"
+    )
+    ended = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, env=os.environ)
+    wrong((ended.returncode, ended.stdout, ended.stderr), "cannot write", "untouched")
+    assert {f: f.read_bytes() for f in before} == before
+    assert [d.name for d in run.glob("step-*")] == ["step-0000004"]
+
+
+def test_on_a_terminal_it_asks_and_tints(tmp_path):
+    convert.save(random_model("gpt2"), convert.byte_tokenizer(), tmp_path / "tiny")
+    ours, theirs = pty.openpty()
+    arguments = [sys.executable, "sample.py", f"--init={tmp_path / 'tiny'}", "--max_new_tokens=20", "--max_loops=4"]
+    process = subprocess.Popen(arguments, cwd=ROOT, stdin=theirs, stdout=theirs, stderr=theirs, env=os.environ)
+    os.close(theirs)
+    seen, asked = b"", 0
+    deadline = time.time() + 60
+    while time.time() < deadline:
+        if select.select([ours], [], [], 0.2)[0]:
+            try:
+                seen += os.read(ours, 65536)
+            except OSError:
+                break
+        if seen.count(b"\n> ") > asked:
+            asked += 1
+            os.write(ours, [b"def f\n", b"class\n", b"\n"][asked - 1])
+    process.wait(10)
+    text = seen.decode("utf-8", "replace")
+    assert process.returncode == 0 and asked == 3
+    assert text.count("passes: ") == 2 and "\x1b[38;5;75m1\x1b[0m" in text and text.count("20 tokens,") == 2
+
+
+@pytest.mark.parametrize("program", ["train", "sample", "eval", "convert"])
+def test_help_lists_every_flag(program):
+    ended = subprocess.run([sys.executable, f"{program}.py", "--help"], cwd=ROOT, capture_output=True, text=True)
+    module = dict(train=train, sample=sample, eval=evaluation, convert=convert)[program]
+    positional = ("src", "out") if program == "convert" else ()
+    assert ended.returncode == 0
+    for name in module.Settings.__dataclass_fields__:
+        assert (name if name in positional else f"--{name}") in ended.stdout

@@ -1,0 +1,360 @@
+"""Checkpoints in and out, the hub, tokenizers, text, and where to cut."""
+
+import json
+import os
+import resource
+import shutil
+import subprocess
+import sys
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+import numpy as np
+import pytest
+import torch
+from conftest import GOLDEN, ROOT, random_model
+from safetensors.torch import load_file, save_file
+
+import convert
+from loopus import InputError
+
+# ---- checkpoints
+
+
+@pytest.mark.parametrize("hub_layout", [False, True])
+def test_saved_and_loaded_again_no_bit_is_lost(model, tmp_path, hub_layout):
+    convert.save(model, convert.byte_tokenizer(), tmp_path / "out", hub_layout)
+    again, tokenizer = convert.load(tmp_path / "out", encoder_layers=1, decoder_layers=1)
+    assert again.config == model.config and tokenizer.encode("aé") == [97, 195, 169]
+    state = model.state_dict()
+    for name, p in again.state_dict().items():
+        if not (hub_layout and name.startswith(("gate", "q_head"))):
+            assert torch.equal(p, state[name]), name
+    idx = torch.randint(0, 257, (1, 9))
+    loops = 0 if hub_layout else 3
+    assert torch.equal(again(idx, loops), model(idx, loops))
+
+
+def test_a_saved_model_can_be_cut_anew(model, tmp_path):
+    convert.save(model, None, tmp_path / "out")
+    again, tokenizer = convert.load(tmp_path / "out", encoder_layers=2, decoder_layers=0)
+    assert tokenizer is None and len(again.encoder) == 2 and len(again.decoder) == 0
+    idx = torch.randint(0, 257, (1, 9))
+    torch.testing.assert_close(again(idx, 0), model(idx, 0))
+    torch.testing.assert_close(again.gate.up.weight, model.gate.up.weight)
+
+
+def test_hub_layout_has_the_names_of_transformers(tmp_path):
+    for family in ("gpt2", "llama"):
+        there = load_file(GOLDEN / family / "model.safetensors")
+        model, _ = convert.load(GOLDEN / family)
+        convert.save(model, None, tmp_path / family, hub_layout=True)
+        written = load_file(tmp_path / family / "model.safetensors")
+        for name, tensor in there.items():
+            if not name.endswith(".attn.bias"):
+                assert torch.equal(written[name if family == "llama" else f"transformer.{name}"], tensor)
+        config = json.loads((tmp_path / family / "config.json").read_text())
+        assert config["model_type"] == family and config["tie_word_embeddings"] is False
+
+
+def test_wanted_dtype_and_untied_head():
+    model, _ = convert.load(GOLDEN / "llama_tied", dtype=torch.bfloat16)
+    assert {p.dtype for p in model.parameters()} == {torch.bfloat16} and not model.training
+    assert torch.equal(model.lm_head.weight, model.wte.weight)
+    assert model.lm_head.weight.data_ptr() != model.wte.weight.data_ptr()
+
+
+def broken(tmp_path, family="llama", tensors=None, **config):
+    """A copy of a golden checkpoint with changes: tensors(dict) edits the weights, config the config.json."""
+    directory = tmp_path / "broken"
+    shutil.copytree(GOLDEN / family, directory)
+    raw = json.loads((directory / "config.json").read_text()) | config
+    (directory / "config.json").write_text(json.dumps({k: v for k, v in raw.items() if v != "gone"}))
+    if tensors:
+        state = load_file(directory / "model.safetensors")
+        tensors(state)
+        save_file(state, directory / "model.safetensors")
+    return directory
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (dict(model_type="mamba"), "model_type mamba is not supported"),
+        (dict(hidden_act="gelu"), "hidden_act gelu is not supported"),
+        (dict(attention_bias=True), "attention_bias True is not supported"),
+        (dict(rope_scaling=dict(rope_type="yarn", factor=4.0)), "rope_type yarn is not supported"),
+        (dict(num_hidden_layers="gone"), "does not say n_layer"),
+        (dict(num_hidden_layers=3), "layers.3.input_layernorm.weight unknown"),
+        (dict(num_hidden_layers=5), "layers.4.input_layernorm.weight missing"),
+        (dict(intermediate_size=96), r"mlp.gate_proj.weight \+ layers.0.mlp.up_proj.weight shaped \[80, 32\]"),
+        (dict(vocab_size=300), r"embed_tokens.weight shaped \[259, 32\] instead of \[300, 32\]"),
+        (dict(num_key_value_heads=3), "not a multiple of n_kv_head=3"),
+        (dict(tensors=lambda t: t.pop("model.norm.weight")), "norm.weight missing"),
+        (dict(tensors=lambda t: t.update(extra=torch.zeros(1))), "extra unknown"),
+    ],
+)
+def test_checkpoints_that_contradict_themselves_are_refused(tmp_path, change, message):
+    with pytest.raises(InputError, match=message) as e:
+        convert.load(broken(tmp_path, **change))
+    assert "\n" not in str(e.value)
+
+
+def test_damaged_and_missing_files_are_named(tmp_path):
+    directory = broken(tmp_path)
+    weights = directory / "model.safetensors"
+    whole = weights.read_bytes()
+    for data in (whole[:-1000], whole[:5], b""):
+        weights.write_bytes(data)
+        with pytest.raises(InputError, match="model.safetensors is damaged"):
+            convert.load(directory)
+    weights.unlink()
+    with pytest.raises(InputError, match="model.safetensors is missing"):
+        convert.load(directory)
+    (directory / "config.json").write_text("{")
+    with pytest.raises(InputError, match="config.json is not a model's config"):
+        convert.load(directory)
+    (directory / "config.json").unlink()
+    with pytest.raises(InputError, match="holds no config.json"):
+        convert.load(directory)
+    with pytest.raises(InputError, match="no such field of Config"):
+        convert.load(GOLDEN / "llama", encoder_layer=2)
+
+
+def test_tokenizer_of_another_model_is_refused(tmp_path):
+    directory = broken(tmp_path)
+    shutil.copy(GOLDEN / "tokenizers" / "gpt2.json", directory / "tokenizer.json")
+    with pytest.raises(InputError, match="703 tokens, the model embeds 259: they do not belong together"):
+        convert.load(directory)
+
+
+def test_failing_save_leaves_the_old_checkpoint_whole(tmp_path):
+    """A real process runs into a limit on file sizes in the middle of the weights, as it would into a full disk."""
+    out = tmp_path / "out"
+    convert.save(random_model(), None, out)
+    before = {f.name: f.read_bytes() for f in out.iterdir()}
+    save = f"convert.save(conftest.random_model(seed=1), None, {str(out)!r})"
+    code = f"import conftest, convert; convert.run(lambda: {save})"
+    limit = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (60000, 60000))  # noqa: E731
+    environment = dict(os.environ, PYTHONPATH=str(ROOT / "tests"), PYTHONDONTWRITEBYTECODE="1")
+    ended = subprocess.run(
+        [sys.executable, "-c", code], env=environment, preexec_fn=limit, capture_output=True, text=True
+    )
+    assert ended.returncode == 1 and ended.stderr.startswith("error: cannot write") and ended.stderr.count("\n") == 1
+    assert {f.name: f.read_bytes() for f in out.iterdir()} == before
+    assert [f.name for f in tmp_path.iterdir() if f.name.startswith("out")] == ["out"]
+
+
+# ---- the hub, on a local server
+
+
+class Hub(BaseHTTPRequestHandler):
+    """Serves a directory as the hub does, and misbehaves on demand."""
+
+    def log_message(self, *args):
+        pass
+
+    def do_GET(self):
+        state = self.server.state
+        state["asked"].append((self.path, dict(self.headers)))
+        prefix, _, name = self.path.rpartition("/")
+        if state.get("status"):
+            return self.send_error(state["status"])
+        if prefix.startswith("/cdn"):
+            prefix = state["repo"]
+        elif name.endswith(".safetensors"):
+            self.send_response(302)
+            self.send_header("Location", f"/cdn/{name}")
+            return self.end_headers()
+        path = state["directory"] / name
+        if prefix != state["repo"] or not path.exists():
+            return self.send_error(404)
+        data = path.read_bytes()
+        start = int(self.headers.get("Range", "bytes=0-")[6:-1])
+        self.send_response(206 if start else 200)
+        self.send_header("Content-Length", str(len(data) - start))
+        self.end_headers()
+        if name == state.get("break_off"):
+            state["break_off"] = None
+            data = data[: len(data) // 2]
+        self.wfile.write(data[start:])
+
+
+@pytest.fixture
+def hub(monkeypatch):
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
+    server.state = dict(asked=[], directory=GOLDEN / "llama", repo="/owner/name/resolve/main")
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    monkeypatch.setenv("HF_ENDPOINT", f"http://127.0.0.1:{server.server_port}")
+    yield server.state
+    server.shutdown()
+    server.server_close()
+
+
+def test_download_once_with_token_and_revision(hub, monkeypatch):
+    monkeypatch.setenv("HF_TOKEN", "secret")
+    model, _ = convert.load("owner/name")
+    expected = load_file(GOLDEN / "llama" / "expected.safetensors")
+    torch.testing.assert_close(model(expected["input_ids"], 0), expected["logits"], atol=1e-4, rtol=0)
+    for path, headers in hub["asked"]:  # the token goes to the hub, not to where it redirects
+        assert headers.get("Authorization") == (None if path.startswith("/cdn") else "Bearer secret")
+    asked = len(hub["asked"])
+    convert.load("owner/name")
+    assert len(hub["asked"]) == asked
+    hub["repo"] = "/owner/name/resolve/v2"
+    convert.load("owner/name@v2")
+    assert hub["asked"][-1][0] == "/cdn/model.safetensors" and len(hub["asked"]) > asked
+
+
+def test_broken_download_is_named_and_resumed(hub):
+    hub["break_off"] = "model.safetensors"
+    with pytest.raises(InputError, match="model.safetensors.*(broke off|cannot fetch)"):
+        convert.load("owner/name")
+    convert.load("owner/name")
+    size = (GOLDEN / "llama" / "model.safetensors").stat().st_size
+    assert hub["asked"][-1][1]["Range"] == f"bytes={size // 2}-"
+
+
+def test_short_name_and_sharded_checkpoint(hub, tmp_path):
+    state = load_file(GOLDEN / "gpt2" / "model.safetensors")
+    names = sorted(state)
+    hub["directory"], hub["repo"] = tmp_path / "sharded", "/openai-community/gpt2/resolve/main"
+    hub["directory"].mkdir()
+    shutil.copy(GOLDEN / "gpt2" / "config.json", hub["directory"])
+    parts = {"a.safetensors": names[:20], "b.safetensors": names[20:]}
+    for file, part in parts.items():
+        save_file({n: state[n] for n in part}, hub["directory"] / file)
+    index = dict(weight_map={n: file for file, part in parts.items() for n in part})
+    (hub["directory"] / "model.safetensors.index.json").write_text(json.dumps(index))
+    model, _ = convert.load("gpt2")
+    expected = load_file(GOLDEN / "gpt2" / "expected.safetensors")
+    torch.testing.assert_close(model(expected["input_ids"], 0), expected["logits"], atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("status, hint", [(401, "set HF_TOKEN"), (404, "check the name"), (500, "try again later")])
+def test_what_the_hub_refuses(hub, status, hint):
+    hub["status"] = status
+    with pytest.raises(InputError, match=f"the hub answered {status} for .*config.json: {hint}"):
+        convert.load("owner/name")
+
+
+def test_offline_says_so():
+    with pytest.raises(InputError, match="cannot fetch .*config.json .*go online"):
+        convert.load("owner/name")
+    with pytest.raises(InputError, match="no directory here and no name on the hub"):
+        convert.load("no/such/directory")
+
+
+# ---- tokenizers
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama3", "qwen3", "smollm2"])
+def test_ids_and_text_of_the_tokenizers_library(family):
+    tokenizer = convert.Tokenizer(json.loads((GOLDEN / "tokenizers" / f"{family}.json").read_text(encoding="utf-8")))
+    expected = json.loads((GOLDEN / "tokenizers" / f"{family}.expected.json").read_text(encoding="utf-8"))
+    assert len(expected) > 5
+    for row in expected:
+        assert tokenizer.encode(row["text"]) == row["ids"]
+        assert tokenizer.decode(row["ids"]) == row["decoded"]
+    assert tokenizer.n_vocab == 703 or family == "smollm2"
+
+
+def test_unsupported_tokenizers_are_named():
+    spec = json.loads((GOLDEN / "tokenizers" / "llama2.json").read_text(encoding="utf-8"))
+    with pytest.raises(InputError, match="BPE after Sequence and none is not supported"):
+        convert.Tokenizer(spec)
+
+
+def test_bytes_are_their_own_tokens():
+    tokenizer = convert.byte_tokenizer()
+    text = "def f():\n\treturn 'ü€'  # \x00\n\n"
+    assert tokenizer.encode(text) == list(text.encode()) and tokenizer.decode(tokenizer.encode(text)) == text
+    assert tokenizer.encode("a<|endoftext|>") == [97, 256] and tokenizer.end_of_text == 256
+
+
+# ---- text
+
+
+def test_texts_become_tokens_once(tmp_path):
+    tokenizer, tmp_path = convert.byte_tokenizer(), tmp_path / "texts"
+    tmp_path.mkdir()
+    for name, text in (("b.txt", "zwei ü"), ("a.txt", "eins"), (".hidden", "no")):
+        (tmp_path / name).write_text(text, encoding="utf-8")
+    expected = [*b"eins", 256, *"zwei ü".encode(), 256]
+    for data in (tmp_path, f"{tmp_path}/*.txt"):
+        tokens = convert.load_tokens(convert.find_files(str(data)), tokenizer)
+        assert tokens.tolist() == expected and isinstance(tokens, np.memmap)
+    assert len(list((convert.cache_dir() / "tokens").iterdir())) == 1
+    (tmp_path / "a.txt").write_text("anders")
+    assert convert.load_tokens(convert.find_files(str(tmp_path)), tokenizer)[:6].tolist() == list(b"anders")
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama3", "qwen3", "smollm2"])
+def test_pieces_do_not_change_the_tokens(tmp_path, family):
+    tokenizer = convert.Tokenizer(json.loads((GOLDEN / "tokenizers" / f"{family}.json").read_text(encoding="utf-8")))
+    path = tmp_path / "text.txt"
+    verse = "".join(f"Line {i} of it,\nit's; {i * i}\n" for i in range(300)) + "x\r\ny\n\n\n z.\n9\n'll _\n_"
+    path.write_text(verse + (ROOT / "loopus.py").read_text(encoding="utf-8"), encoding="utf-8")
+    pieces = list(convert.pieces(path, size=100))
+    text = path.read_text(encoding="utf-8")
+    assert len(pieces) > 50 and "".join(pieces) == text
+    assert [i for piece in pieces for i in tokenizer.encode(piece)] == tokenizer.encode(text)
+
+
+@pytest.mark.parametrize("dtype", [np.uint16, np.uint32])
+def test_token_files(tmp_path, dtype):
+    path = tmp_path / "tokens.bin"
+    np.arange(200, dtype=dtype).tofile(path)
+    tokens = convert.load_tokens([path], convert.byte_tokenizer())
+    assert tokens.tolist() == list(range(200)) and tokens.dtype == dtype
+    np.arange(300, dtype=dtype).tofile(path)
+    with pytest.raises(InputError, match="holds token 299, the tokenizer has 257"):
+        convert.load_tokens([path], convert.byte_tokenizer())
+    np.arange(100, dtype=np.uint16).tofile(tmp_path / "more.bin")
+    np.arange(200, dtype=dtype).tofile(path)
+    both = convert.load_tokens([tmp_path / "more.bin", path], convert.byte_tokenizer())
+    assert both.tolist() == [*range(100), *range(200)]
+    path.write_bytes(path.read_bytes()[:-1])
+    with pytest.raises(InputError, match="whole uint"):
+        convert.load_tokens([path], convert.byte_tokenizer())
+
+
+def test_held_out_text_is_never_trained_on(tmp_path):
+    tokenizer = convert.byte_tokenizer()
+    for i in range(40):
+        (tmp_path / f"{i:02}.txt").write_text(f"{i:02}")
+    train, held_out = convert.load_data(str(tmp_path), "", tokenizer)
+    assert tokenizer.decode(held_out) == "00<|endoftext|>20<|endoftext|>" and len(train) == 38 * 3
+    (tmp_path / "one").mkdir()
+    (tmp_path / "one" / "x.txt").write_text("abcdefghij" * 10)
+    train, held_out = convert.load_data(str(tmp_path / "one"), "", tokenizer)
+    assert len(train) == 96 and tokenizer.decode(held_out) == "ghij<|endoftext|>"
+
+
+# ---- where to cut
+
+
+def test_layer_distances_are_those_of_the_golden_states():
+    for family in ("gpt2", "llama"):
+        expected = load_file(GOLDEN / family / "expected.safetensors")
+        model, _ = convert.load(GOLDEN / family)
+        h = expected["hidden_states"]
+        distances = 1 - torch.nn.functional.cosine_similarity(h[:-1], h[1:], dim=-1).mean((1, 2))
+        # transformers gives the last state after the final norm, so the last layer's distance is not comparable
+        got = convert.layer_distances(model, expected["input_ids"])
+        torch.testing.assert_close(got[:-1], distances[:-1], atol=1e-5, rtol=1e-4)
+
+
+def test_the_plateau_is_looped():
+    profile = torch.tensor([1.0, 0.2, 0.04, 0.03, 0.05, 0.03, 0.04, 0.15, 0.04, 0.3])
+    assert convert.choose_cuts(profile) == (2, 3)
+    assert convert.choose_cuts(torch.ones(4)) == (0, 0)  # nothing stands out
+
+
+def test_cuts_of_the_paper_by_size(tmp_path):
+    model, _ = convert.load(GOLDEN / "llama", encoder_layers=2)
+    assert model.config.encoder_layers == 2
+    convert.cut(model, 0, 3)
+    assert [len(s) for s in (model.encoder, model.reasoning, model.decoder)] == [0, 1, 3]
+    with pytest.raises(InputError, match="no reasoning block"):
+        convert.cut(model, 2, 2)

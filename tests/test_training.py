@@ -1,0 +1,246 @@
+"""Training: the losses of §3.2, where gradients go and where not, bf16, memory, data order, schedule, resume."""
+
+import json
+import random
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import random_model
+
+import convert
+import train
+from loopus import deep_supervision, losses
+from train import Settings
+
+
+def batch(T=12):
+    torch.manual_seed(3)
+    idx = torch.randint(0, 257, (2, T + 1))
+    return idx[:, :-1], idx[:, 1:]
+
+
+def test_losses_of_one_step_are_those_of_a_plain_computation(model):
+    x, y = batch()
+    h = model.encode(x).detach()
+    step = losses(model, h, y)
+    after = model.gate(model.propose(h), h)
+
+    def nll(h):  # the mean over tokens of −log p(next token), written out
+        return -torch.log_softmax(model.decode(h), -1).gather(-1, y[..., None]).mean()
+
+    right = (model.decode(after).argmax(-1) == y).float()
+    q = torch.sigmoid(model.confidence(after))
+    bce = -(right * q.log() + (1 - right) * (1 - q).log()).mean()
+    difference = nll(after) - nll(h)
+    torch.testing.assert_close(step.lm, nll(after))
+    torch.testing.assert_close(step.mono, difference * torch.sigmoid(difference))
+    torch.testing.assert_close(step.q, bce)
+    torch.testing.assert_close(step.h, after)
+    assert not step.h.requires_grad
+
+
+def test_masked_targets_do_not_count(model):
+    x, y = batch()
+    h = model.encode(x)
+    masked = y.clone()
+    masked[:, :5] = -100
+    step = losses(model, h, masked)
+    after = model.refine(h.detach())
+    logits = model.decode(after)[:, 5:]
+    torch.testing.assert_close(step.lm, F.cross_entropy(logits.flatten(0, 1), y[:, 5:].flatten()))
+    right = (logits.argmax(-1) == y[:, 5:]).float()
+    torch.testing.assert_close(step.q, F.binary_cross_entropy_with_logits(model.confidence(after)[:, 5:], right))
+
+
+def test_gradients_go_through_one_pass_and_not_through_the_loss_before(model):
+    x, y = batch()
+    step = losses(model, model.encode(x), y)  # a state that still has a graph: losses cut it off
+    step.mono.backward()
+    by_hand = random_model("gpt2" if model.config.norm == "layer" else "llama")
+    h = by_hand.encode(x).detach()
+    after = by_hand.refine(h)
+    lm = F.cross_entropy(by_hand.decode(after).flatten(0, 1), y.flatten())
+    before = F.cross_entropy(by_hand.decode(h).flatten(0, 1), y.flatten()).item()  # a number: no gradient through it
+    F.silu(lm - before).backward()
+    there = dict(by_hand.named_parameters())
+    for name, p in model.named_parameters():
+        if there[name].grad is None:
+            assert p.grad is None, name
+        else:
+            torch.testing.assert_close(p.grad, there[name].grad, atol=1e-6, rtol=1e-4)
+    assert all(p.grad is None for p in [*model.encoder.parameters(), model.wte.weight])
+    assert model.gate.down.weight.grad.abs().max() > 0 and model.reasoning[0].qkv.weight.grad.abs().max() > 0
+
+
+class Fixed:
+    """Draws what it is told to."""
+
+    def __init__(self, drawn):
+        self.drawn = drawn
+
+    def sample(self, population, k):
+        assert len(self.drawn) == k and set(self.drawn) <= set(population)
+        return self.drawn
+
+
+def test_deep_supervision_is_the_sum_of_its_steps_from_detached_states(model):
+    x, y = batch()
+    for step in deep_supervision(model, x, y, 6, 2, Fixed([4, 1])):
+        (step.lm + step.mono + step.q).backward()
+    got = {name: p.grad for name, p in model.named_parameters()}
+    for p in model.parameters():
+        p.grad = None
+    h = model.encode(x).detach()
+    for b in range(5):  # nothing is learned after pass 4, so nothing runs there
+        if b in (1, 4):
+            step = losses(model, h, y)
+            (step.lm + step.mono + step.q).backward()
+        h = model.refine(h).detach()
+    for name, p in model.named_parameters():
+        assert (p.grad is None) == (got[name] is None), name
+        if p.grad is not None:
+            torch.testing.assert_close(got[name], p.grad)
+    assert all(got[n] is None for n in got if n.startswith(("wte", "wpe", "encoder")))
+
+
+def test_depths_are_drawn_uniformly_without_replacement(model):
+    x, y = batch(2)
+    seen = torch.zeros(5)
+    passes = []
+    model.refine, refine = lambda *a: passes.append(1) or refine(*a), model.refine
+    for seed in range(200):
+        passes.clear()
+        steps = list(deep_supervision(model, x, y, 5, 2, random.Random(seed)))
+        assert len(steps) == 2
+        seen[len(passes) - 1] += 1  # the deepest drawn
+    expected = torch.tensor([b / 10 for b in range(5)])  # P(max = b) of 2 out of 5: b / C(5, 2)
+    assert seen[0] == 0 and (seen / 200 - expected).abs().max() < 0.1
+
+
+def saved_bytes(model, x, y, passes):
+    """Most bytes that the graph of random deep supervision held at once."""
+    held = {"now": 0, "most": 0}
+
+    class Kept:
+        def __init__(self, t):
+            self.t, self.size = t, t.numel() * t.element_size()
+            held["now"] += self.size
+            held["most"] = max(held["most"], held["now"])
+
+        def __del__(self):
+            held["now"] -= self.size
+
+    with torch.autograd.graph.saved_tensors_hooks(Kept, lambda kept: kept.t):
+        for step in deep_supervision(model, x, y, passes, 2, Fixed([passes - 2, passes - 1])):
+            (step.lm + step.mono + step.q).backward()
+    return held["most"]
+
+
+def test_memory_does_not_depend_on_the_passes(model):
+    x, y = batch()
+    few, many = saved_bytes(model, x, y, 4), saved_bytes(model, x, y, 20)
+    assert few > 10000 and abs(many / few - 1) < 0.05
+
+
+def gradients_of(dtype, outer):
+    """Gradients and loss after one micro-batch in a dtype's autocast, then the loss after some optimizer steps."""
+    model = random_model("llama").train()
+    for p in model.parameters():
+        p.data *= 0.5  # tame enough for 8 bits of mantissa
+    s = Settings(max_loops=6, supervised=3, accumulate=1, lr=3e-3, steps=20, warmup=1)
+    optimizer = train.make_optimizer(model, s)
+    x, y = batch()
+    first, terms = None, None
+    for micro in range(20):
+        with torch.autocast("cpu", dtype, enabled=dtype != torch.float32, cache_enabled=outer):
+            terms = train.gradients(model, x, y, s, micro)
+        first = first or {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+        optimizer.step()
+        optimizer.zero_grad()
+    return first, terms
+
+
+@pytest.mark.parametrize("cache", [True, False])
+def test_bf16_gradients_and_losses_follow_fp32(cache):
+    exact, terms = gradients_of(torch.float32, cache)
+    coarse, coarse_terms = gradients_of(torch.bfloat16, cache)
+    assert exact.keys() == coarse.keys()
+    for name, g in exact.items():
+        assert F.cosine_similarity(g.flatten(), coarse[name].flatten(), dim=0) > 0.98, name
+        assert 0.9 < coarse[name].norm() / g.norm() < 1.1, name
+    assert terms[0] < 4.5  # it learned: 257 symbols are 5.5 nats
+    torch.testing.assert_close(terms, coarse_terms, atol=0.1, rtol=0.03)
+
+
+def test_what_trains(model):
+    train.make_optimizer(model, Settings(objective="loop"))
+    still = {n.split(".")[0] for n, p in model.named_parameters() if not p.requires_grad}
+    assert still == {"wte", "encoder"} | ({"wpe"} if model.config.norm == "layer" else set())
+    optimizer = train.make_optimizer(model, Settings(objective="lm"))
+    assert {n.split(".")[0] for n, p in model.named_parameters() if not p.requires_grad} == {"gate", "q_head"}
+    assert sum(len(g["params"]) for g in optimizer.param_groups) == sum(p.requires_grad for p in model.parameters())
+
+
+def test_every_window_once_per_epoch_in_an_order_of_seed_and_number():
+    tokens, s = np.arange(101), Settings(batch=2, context=10)
+    epochs = [
+        [int(row[0]) for i in range(5 * e, 5 * e + 5) for row in train.micro_batch(tokens, s, i)[0]] for e in (0, 1)
+    ]
+    assert sorted(epochs[0]) == sorted(epochs[1]) == list(range(0, 100, 10)) and epochs[0] != epochs[1]
+    x, y = train.micro_batch(tokens, s, 3)
+    assert torch.equal(x + 1, y)
+    assert torch.equal(x, train.micro_batch(tokens, s, 3)[0])
+    assert not torch.equal(x, train.micro_batch(tokens, Settings(batch=2, context=10, seed=1), 3)[0])
+
+
+def test_learning_rate_warms_up_and_decays():
+    s = Settings(lr=1.0, steps=1000, warmup=100)
+    rates = [train.learning_rate(s, i) for i in range(1000)]
+    assert rates[0] == 0.01 and rates[99] == 1.0 and max(rates) == 1.0
+    assert rates[100:] == sorted(rates[100:], reverse=True) and abs(rates[-1] - 0.1) < 0.01
+
+
+def small_run(checkpoint, out, **more):
+    directory, text = checkpoint
+    values = dict(init=str(directory), data=str(text), out=str(out), steps=6, batch=2, accumulate=2, context=32)
+    return Settings(**values | dict(max_loops=4, supervised=2, log_every=1, eval_every=3, eval_tokens=256) | more)
+
+
+@pytest.mark.parametrize("objective", ["loop", "lm"])
+def test_resumed_run_is_the_run_that_was_never_stopped(checkpoint, tmp_path, objective, monkeypatch):
+    whole = train.train(small_run(checkpoint, tmp_path / "whole", dtype="fp32", objective=objective))
+    broken = small_run(checkpoint, tmp_path / "broken", dtype="fp32", objective=objective)
+    calls, learning_rate = [], train.learning_rate
+    monkeypatch.setattr(
+        train, "learning_rate", lambda s, step: calls.append(step) or (1 / (step != 4)) * learning_rate(s, step)
+    )
+    with pytest.raises(ZeroDivisionError):
+        train.train(broken)  # falls over in step 4; the checkpoint of step 3 is there
+    monkeypatch.undo()
+    assert [d.name for d in (tmp_path / "broken").glob("step-*")] == ["step-0000003"]
+    resumed = train.train(small_run(checkpoint, tmp_path / "broken", dtype="fp32", objective=objective, resume=True))
+    assert whole.name == resumed.name == "step-0000006"
+    a, b = (convert.load(d)[0].state_dict() for d in (whole, resumed))
+    assert all(torch.equal(a[name], b[name]) for name in a)
+
+
+def test_log_has_what_was_asked_for(checkpoint, tmp_path):
+    train.train(small_run(checkpoint, tmp_path / "run"))
+    rows = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
+    steps = [r for r in rows if "lm" in r]
+    assert [r["step"] for r in steps] == [1, 2, 3, 4, 5, 6]
+    assert {"lm", "mono", "q", "lr", "grad_norm", "tokens_per_second", "seconds_left"} <= steps[0].keys()
+    evaluations = [r["held_out"] for r in rows if "held_out" in r]
+    assert len(evaluations) == 3 and list(evaluations[0]) == ["0", "1", "2", "4", "8"]
+    assert evaluations[-1]["1"] < evaluations[0]["1"]
+
+
+@pytest.mark.slow
+def test_compiled_training_gives_the_same(checkpoint, tmp_path):
+    plain = train.train(small_run(checkpoint, tmp_path / "plain", dtype="fp32", steps=3))
+    fast = train.train(small_run(checkpoint, tmp_path / "fast", dtype="fp32", steps=3, compile=True))
+    a, b = (convert.load(d)[0].state_dict() for d in (plain, fast))
+    for name in a:
+        torch.testing.assert_close(a[name], b[name], atol=1e-4, rtol=1e-3)
