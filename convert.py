@@ -1,9 +1,8 @@
 """
 Everything between a model and the world: checkpoints, the hub, tokenizers, text, where to cut, the command line.
 
-    python convert.py SRC OUT          write SRC as a LoopUS checkpoint: config.json, model.safetensors,
-    tokenizer.json python convert.py SRC --profile    show how much each layer changes the state, and the cuts that
-    follow from it
+    python convert.py SRC OUT          write SRC as a LoopUS checkpoint: config.json, model.safetensors, tokenizer.json
+    python convert.py SRC --profile    show how much each layer changes the state, and the cuts that follow from it
 
 SRC is a name on the Hugging Face hub (owner/name[@revision], or gpt2), a directory in its layout, or one of our own.
 """
@@ -80,9 +79,7 @@ PAPER_CUTS = {
 
 
 def read_config(path):
-    """
-    config.json → (family, fields of Config, the raw dict). Raises InputError naming what is missing or unsupported.
-    """
+    """config.json → (family, fields of Config, the raw dict). Raises InputError for what is missing or unsupported."""
     try:
         raw = json.loads(path.read_text(encoding="utf-8"))
         family = raw["model_type"]
@@ -128,14 +125,12 @@ def sources(model, family):
     for module in ("wte", "wpe", "norm", "lm_head", *(("gate", "q_head") if family == "loopus" else ())):
         for leaf, _ in getattr(model, module, torch.nn.Module()).named_parameters():
             yield f"{module}.{leaf}", [f"{names.get(module, module)}.{leaf}"], False
-    stacks = [
-        f"{stack}.{i}" for stack in ("encoder", "reasoning", "decoder") for i in range(len(getattr(model, stack)))
-    ]
-    for i, (block, at) in enumerate(zip(model.layers(), stacks)):
+    blocks = [(s, j, block) for s in ("encoder", "reasoning", "decoder") for j, block in enumerate(getattr(model, s))]
+    for i, (stack, j, block) in enumerate(blocks):
         for name, p in block.named_parameters():
             module, leaf = name.split(".")
             there = [f"{layer.format(i)}.{n}.{leaf}" for n in names.get(module, module).split()]
-            yield f"{at}.{name}", there, family == "gpt2" and p.dim() == 2
+            yield f"{stack}.{j}.{name}", there, family == "gpt2" and p.dim() == 2
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -144,17 +139,16 @@ def sources(model, family):
 
 def load(src, device="cpu", dtype=torch.float32, **overrides):
     """
-    → (model, tokenizer) from `src`, a hub name or a directory; the tokenizer is None where the checkpoint has none.
-    The model is in eval mode. `overrides` are fields of Config, such as encoder_layers=2. A checkpoint that was never
-    cut gets the paper's cuts, or those of `choose_cuts`. Raises InputError for what is missing, surplus, misshapen or
-    unsupported.
+    → (model in eval mode, tokenizer or None) from `src`, a hub name or a directory. `overrides` are fields of Config,
+    such as encoder_layers=2. A checkpoint that was never cut gets the paper's cuts, or those of `choose_cuts`.
+    Raises InputError for what is missing, surplus, misshapen or unsupported.
     """
     directory = resolve(src)
     family, values, raw = read_config(directory / "config.json")
     unknown = set(overrides) - {f.name for f in fields(Config)}
     if unknown:
         raise InputError(
-            f"{', '.join(unknown)}: no such field of Config; {', '.join(f.name for f in fields(Config))} are"
+            f"{', '.join(unknown)} is no field of Config: expected {', '.join(f.name for f in fields(Config))}"
         )
     tokenizer = load_tokenizer(directory) if (directory / "tokenizer.json").exists() else None
     if tokenizer and tokenizer.n_vocab > values["vocab_size"]:
@@ -171,9 +165,7 @@ def load(src, device="cpu", dtype=torch.float32, **overrides):
 
 
 def read_model(directory, family, config, tied, device, dtype):
-    """
-    The model of `config` with the weights of a directory's safetensors files, each tensor copied to its place once.
-    """
+    """The model of `config` with the weights of the directory, each tensor copied from the mapped file once."""
     with torch.device("meta"):
         model = LoopUS(config)
     tensors, state, used, problems = open_tensors(directory), {}, set(), []
@@ -215,14 +207,12 @@ def bare(name):
 def open_tensors(directory):
     """{bare name: function that maps the tensor from its file} over all safetensors files of a checkpoint."""
     index, shards = directory / "model.safetensors.index.json", ["model.safetensors"]
-    if index.exists():
-        shards = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+    if index.exists() and not (directory / shards[0]).exists():
+        shards = shard_names(index)
     tensors = {}
     for path in (directory / shard for shard in shards):
         if not path.exists():
-            raise InputError(
-                f"{path} is missing: expected the weights as safetensors (pickled .bin files are not read)"
-            )
+            raise InputError(f"{path} is missing: expected weights as safetensors (pickled .bin files are not read)")
         try:
             file = safe_open(path, "pt")
         except SafetensorError as e:
@@ -233,10 +223,13 @@ def open_tensors(directory):
     return tensors
 
 
+def shard_names(index):
+    """The files that a model.safetensors.index.json speaks of; they lie beside it, whatever it says."""
+    return sorted({Path(name).name for name in json.loads(index.read_text())["weight_map"].values()})
+
+
 def save(model, tokenizer, out_dir, hub_layout=False):
-    """
-    `write` to out_dir, put in place when it is whole: a failure raises InputError and leaves what was there intact.
-    """
+    """`write` to out_dir, put in place when it is whole: a failure leaves what was there intact."""
     with replaced(out_dir) as new:
         write(model, tokenizer, new, hub_layout)
 
@@ -265,22 +258,21 @@ def write(model, tokenizer, directory, hub_layout=False):
 
 @contextmanager
 def replaced(out_dir):
-    """
-    A directory to write into; it takes the place of out_dir when the block ends well, and goes without trace if not.
-    """
+    """A directory to write into. Its files go to out_dir when the block ends well; if not, nothing has happened."""
     out_dir = Path(out_dir)
-    new, old = (out_dir.with_name(f"{out_dir.name}.{kind}-{os.getpid()}") for kind in ("new", "old"))
+    new = out_dir.with_name(f"{out_dir.name}.new-{os.getpid()}")
     try:
         new.mkdir(parents=True)
         yield new
-        if out_dir.exists():
-            out_dir.rename(old)
-        new.rename(out_dir)
+        if not out_dir.exists():
+            new.rename(out_dir)
+        else:
+            for file in new.iterdir():
+                file.replace(out_dir / file.name)
     except (OSError, SafetensorError, RuntimeError) as e:
-        raise InputError(f"cannot write {out_dir} ({e}): free some space; what was there before is untouched") from None
+        raise InputError(f"cannot write {out_dir} ({e}): make room there; what it held is untouched") from None
     finally:
         shutil.rmtree(new, ignore_errors=True)
-        shutil.rmtree(old, ignore_errors=True)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -310,10 +302,7 @@ def resolve(src):
 
 
 def download(name, revision):
-    """
-    Fetch a model's config, tokenizer and safetensors from the hub (HF_ENDPOINT, HF_TOKEN) → its directory in the
-    cache.
-    """
+    """Fetch a model from the hub (HF_ENDPOINT, HF_TOKEN) into the cache, once → its directory."""
     directory = cache_dir() / "hub" / f"{name}@{revision}".replace("/", "--")
     url = f"{os.environ.get('HF_ENDPOINT') or 'https://huggingface.co'}/{name}/resolve/{revision}/"
     if (directory / "complete").exists():
@@ -325,16 +314,14 @@ def download(name, revision):
         index = "model.safetensors.index.json"
         if not fetch(url, index, directory, optional=True):
             raise InputError(f"{name}@{revision} has no safetensors on the hub: pickled weights are not read")
-        for shard in sorted(set(json.loads((directory / index).read_text())["weight_map"].values())):
+        for shard in shard_names(directory / index):
             fetch(url, shard, directory)
     (directory / "complete").touch()
     return directory
 
 
 def fetch(url, name, directory, optional=False):
-    """
-    Download url + name to the directory, going on where a try broke off. → False if it is optional and not there.
-    """
+    """Download url + name, going on where a try broke off. → False if it is optional and not there."""
     part = directory / f"{name}.part"
     if (directory / name).exists():
         return True
@@ -353,6 +340,8 @@ def fetch(url, name, directory, optional=False):
     except urllib.error.HTTPError as e:
         if e.code == 404 and optional:
             return False
+        if e.code == 416:  # there is no rest to send: what lies here is not the beginning of that file
+            part.unlink()
         hint = {401: "set HF_TOKEN", 403: "set HF_TOKEN", 404: "check the name"}.get(e.code, "try again later")
         raise InputError(f"the hub answered {e.code} for {url}{name}: {hint}") from None
     except (OSError, http.client.HTTPException) as e:
@@ -392,7 +381,7 @@ class Tokenizer:
         byte_of = {character: b for b, character in alphabet.items()}
         merges = ["".join(m.split(" ") if isinstance(m, str) else m) for m in model["merges"]]
         ranks, ids = {}, []
-        for token in [*alphabet.values(), *merges]:
+        for token in dict.fromkeys([*alphabet.values(), *merges]):
             ranks[bytes(byte_of[character] for character in token)] = len(ids)
             ids.append(model["vocab"].get(token, -1))  # −1: a byte that the vocabulary lacks vanishes
         added = {t["content"]: t["id"] for t in spec.get("added_tokens") or []}
@@ -477,9 +466,7 @@ def find_files(data):
 
 
 def load_data(data, val, tokenizer):
-    """
-    → (training tokens, held-out tokens). Without `val` every 20th file is held out, or the last 20th of a single one.
-    """
+    """→ (training, held-out tokens). Without `val` every 20th file is held out, of a single one the last 20th."""
     files = find_files(data)
     if val:
         return load_tokens(files, tokenizer), load_tokens(find_files(val), tokenizer)
@@ -532,9 +519,7 @@ def map_tokens(path, small, tokenizer):
         raise InputError(f"{path} has {path.stat().st_size} bytes: expected whole uint{32 if wide else 16} tokens")
     tokens = np.memmap(path, dtype=np.uint32 if wide else np.uint16, mode="r")
     if (largest := int(tokens.max())) >= tokenizer.n_vocab:
-        raise InputError(
-            f"{path} holds token {largest}, the tokenizer has {tokenizer.n_vocab}: made for another model?"
-        )
+        raise InputError(f"{path} holds token {largest}, the tokenizer has {tokenizer.n_vocab}: for another model?")
     return tokens
 
 
@@ -557,9 +542,7 @@ def pieces(path, size=1 << 20):
 
 
 def sample_text(model, tokenizer):
-    """
-    Some tokens (1, T) to look at a model with: this project's own words or, without a tokenizer, numbers all over.
-    """
+    """Tokens (1, T) to look at a model with: this project's own words or, without a tokenizer, any numbers."""
     length = min(256, model.config.block_size)
     ids = tokenizer.encode(loopus.__doc__) if tokenizer else [i * 7919 for i in range(length)]
     return torch.tensor([ids[:length]], device=model.wte.weight.device) % model.config.vocab_size
@@ -610,9 +593,7 @@ class OneLineParser(argparse.ArgumentParser):
 
 
 def parse(settings, *positional):
-    """
-    The command line as {field: value} of the dataclass `settings`, given ones only; unknown flags end the program.
-    """
+    """The command line as {field: value} of the dataclass `settings`, given ones only; refuses unknown flags."""
     parser = OneLineParser(description=settings.__doc__, allow_abbrev=False, argument_default=argparse.SUPPRESS)
     for f in fields(settings):
         text = f.metadata["help"].replace("%", "%%") + (f" (default {f.default})" if f.default != "" else "")
@@ -638,9 +619,7 @@ def run(main):
 
 
 def pick_device(name, dtype):
-    """
-    → (torch device, dtype) from --device and --dtype; empty ones are chosen: bf16 where the device is good at it.
-    """
+    """→ (torch device, dtype) of --device and --dtype; by itself bf16 where the device is good at it."""
     if not name:
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     try:
@@ -694,9 +673,7 @@ class Settings:
 
 
 def show_profile(model, tokenizer, data):
-    """
-    Print a bar per layer, the cuts, and for them and their neighbours the untrained loss after 1, 2, 4, 8 passes.
-    """
+    """Print a bar per layer, the cuts, and the untrained losses of these and of their neighbours."""
     from eval import depth_losses, windows  # eval.py reads models through this file
 
     sequences = sample_text(model, tokenizer)

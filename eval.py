@@ -1,11 +1,10 @@
 """
 Measure a model on held-out text: at every depth, with confidence exit, and how far its confidence can be trusted.
 
-    python eval.py                                   the model train.py wrote last, on the text held out from its
-    training python eval.py --init=gpt2 --data=book.txt       any model, any text
+    python eval.py                                the model train.py wrote last, on the text its training held out
+    python eval.py --init=gpt2 --data=book.txt    any model, any text
 
-Loss is the mean cross-entropy per token in nats; perplexity its exponential; bits per byte compares across
-tokenizers.
+Loss is the mean cross-entropy per token in nats, perplexity its exponential; bits per byte compare across tokenizers.
 """
 
 import json
@@ -38,9 +37,7 @@ class Settings:
 
 
 def windows(tokens, context, limit):
-    """
-    At most `limit` held-out tokens as evenly spread, non-overlapping (n, context + 1) sequences, as an int64 tensor.
-    """
+    """At most `limit` tokens as evenly spread, non-overlapping sequences (n, context + 1)."""
     count = (len(tokens) - 1) // context
     if count < 1:
         raise InputError(f"{len(tokens)} held-out tokens are less than one context of {context}: give more text")
@@ -50,9 +47,7 @@ def windows(tokens, context, limit):
 
 @torch.no_grad()
 def depth_losses(model, sequences, depths, batch, autocast):
-    """
-    {passes: mean loss in nats} over sequences (n, T + 1), for each number of passes in depths; 0 is the ungated pass.
-    """
+    """{passes: mean loss in nats} over sequences (n, T + 1), for each of `depths`; 0 is the ungated pass."""
     device = model.wte.weight.device
     sums = dict.fromkeys(depths, 0.0)
     for part in sequences.split(batch):

@@ -1,6 +1,5 @@
 """
-LoopUS (Looped Depth Up-Scaling, Park et al. 2026, arXiv 2605.11011): a pretrained language model that thinks longer,
-in one file.
+LoopUS (Looped Depth Up-Scaling, Park et al. 2026, arXiv 2605.11011) in one file: a pretrained model that thinks longer.
 
 The L layers of a pretrained transformer are cut, in order, into an encoder E, a reasoning block M and a decoder D. E
 runs once, M runs up to B times through a selective gate, D runs once (§3.1):
@@ -13,11 +12,10 @@ runs once, M runs up to B times through a selective gate, D runs once (§3.1):
     logits  = D(h^B)
     q(h)    = σ(Linear(LayerNorm(h)))                  the confidence that this state is good enough to stop
 
-Training (§3.2) is `losses`, one supervised step of random deep supervision. Inference is `LoopUS.generate`, which
-stops looping at each token when q is high enough. What early exit means is said once, by `early_exit`.
+Training (§3.2) is `deep_supervision`, made of `losses`. Inference is `LoopUS.generate`, which stops looping at each
+token when q is high enough. What early exit means is said once, by `early_exit`.
 
-Shapes: B batch, T tokens, C width of the states (n_embd), V vocabulary; nh heads, nkv key/value heads, hd width of a
-head.
+Shapes: B batch, T tokens, C width of the states (n_embd), V vocabulary, n heads, m key/value heads, hd width of a head.
 """
 
 from dataclasses import dataclass
@@ -29,9 +27,7 @@ import torch.nn.functional as F
 
 
 class InputError(ValueError):
-    """
-    What the user gave cannot be used; the message is one line that says what, where, what was expected, what to do.
-    """
+    """What the user gave cannot be used. One line: what was found, where, what was expected, what to do."""
 
 
 def precise(x):
@@ -63,13 +59,9 @@ class Config:
     def __post_init__(self):
         cut = f"encoder_layers={self.encoder_layers} and decoder_layers={self.decoder_layers}"
         if min(self.encoder_layers, self.decoder_layers) < 0 or self.reasoning_layers < 1:
-            raise InputError(
-                f"{cut} leave no reasoning block in {self.n_layer} layers: together at most {self.n_layer - 1}"
-            )
+            raise InputError(f"{cut} leave no reasoning block in {self.n_layer} layers: take fewer of them")
         if self.n_head % self.n_kv_head:
-            raise InputError(
-                f"n_head={self.n_head} is not a multiple of n_kv_head={self.n_kv_head}: is config.json intact?"
-            )
+            raise InputError(f"n_head={self.n_head} is no multiple of n_kv_head={self.n_kv_head}: check config.json")
         try:
             usable = self.gate_start == "s4d" or 0 < float(self.gate_start) < 1
         except ValueError:
@@ -129,9 +121,8 @@ class Block(nn.Module):
 
     def attention(self, x, at, kv):
         """
-        Causal attention of x (B, T, C) at Span `at`. kv (2, B, nkv, S, hd), if given, holds the keys and values of
-        all positions before, and takes those of the tokens that are still running; the others keep showing what they
-        left.
+        Causal attention of x (B, T, C) at Span `at`. kv (2, B, m, S, hd), if given, holds the keys and values of the
+        positions before, and takes those of the tokens that still run; the others go on showing what they left there.
         """
         B, T, _ = x.shape
         n, m, hd = self.c.n_head, self.c.n_kv_head, self.c.head_dim
@@ -165,9 +156,7 @@ class Block(nn.Module):
 
 
 class SelectiveGate(nn.Module):
-    """
-    Eq. 3–5. With A_log = 0, as we start, α is σ(−(W_up W_down δ + b)), a plain sigmoid gate on the proposed change.
-    """
+    """Eq. 3–5. With A_log = 0, as we start, α is σ(−(W_up W_down δ + b)), a plain sigmoid gate on the change."""
 
     def __init__(self, c):
         super().__init__()
@@ -216,17 +205,13 @@ class LoopUS(nn.Module):
         self.reasoning = nn.ModuleList(Block(c) for _ in range(c.reasoning_layers))
         self.decoder = nn.ModuleList(Block(c) for _ in range(c.decoder_layers))
         self.norm = make_norm(c)
-        self.lm_head = nn.Linear(
-            c.n_embd, c.vocab_size, bias=False
-        )  # never tied: it trains, the input embedding does not
+        self.lm_head = nn.Linear(c.n_embd, c.vocab_size, bias=False)  # never tied: it trains, wte does not
         self.gate = SelectiveGate(c)
         self.q_head = nn.Sequential(nn.LayerNorm(c.n_embd), nn.Linear(c.n_embd, 1))
 
     @torch.no_grad()
     def reset_new_parameters(self):
-        """
-        Start the gate and the confidence head, which no pretrained model has. The head begins at q = 0.5 everywhere.
-        """
+        """Start what no pretrained model has: the gate, and the confidence head at q = 0.5 everywhere."""
         self.gate.reset_parameters()
         self.q_head[0].reset_parameters()
         nn.init.zeros_(self.q_head[1].weight)
@@ -234,9 +219,7 @@ class LoopUS(nn.Module):
 
     @torch.no_grad()
     def reset_parameters(self):
-        """
-        Start a model that is to be pretrained from nothing, as GPT-2 was: normal weights, residual ones smaller.
-        """
+        """Start a model that is to be pretrained from nothing, as GPT-2 was: normal weights, residual ones smaller."""
         for name, p in self.named_parameters():
             if p.dim() > 1:
                 residual = name.endswith(("out.weight", "down.weight"))
@@ -282,9 +265,7 @@ class LoopUS(nn.Module):
         return self.lm_head(self.norm(self.run(self.decoder, h, at, cache)))
 
     def forward(self, idx, loops):
-        """
-        Logits (B, T, V) after `loops` gated passes, none stopped; loops=0 is the pretrained model, one ungated pass.
-        """
+        """Logits (B, T, V) after `loops` gated passes, unstopped; loops=0: the pretrained model, one ungated pass."""
         h = self.encode(idx)
         if loops == 0:
             h = self.propose(h)
@@ -296,9 +277,8 @@ class LoopUS(nn.Module):
 
     def new_cache(self, batch, size, loops):
         """
-        Room for the keys and values of `size` positions: {"encoder": …, "decoder": …} with one tensor
-        (layers, 2, B, nkv, size, hd) each, and "reasoning" with one per loop depth, since the states entering each
-        differ.
+        Room for the keys and values of `size` positions: one tensor (layers, 2, B, m, size, hd) for "encoder" and
+        "decoder" each, and a list of them for "reasoning", one per loop depth, since the states entering each differ.
         """
         c, like = self.config, self.wte.weight
 
@@ -308,6 +288,7 @@ class LoopUS(nn.Module):
         depths = [room(c.reasoning_layers) for _ in range(max(1, loops))]
         return {"encoder": room(c.encoder_layers), "reasoning": depths, "decoder": room(c.decoder_layers)}
 
+    @torch.no_grad()
     def advance(self, idx, start, cache, max_loops, threshold):
         """
         Run the tokens idx (B, T), which stand at start … start+T−1 after those in the cache. Each one loops until its
@@ -352,10 +333,9 @@ class LoopUS(nn.Module):
 
     def generate(self, idx, max_new_tokens, max_loops=8, threshold=0.6, temperature=1.0, top_k=None, generator=None):
         """
-        Continue idx (B, T) by max_new_tokens tokens, at most max_loops passes each, a token stopping at the first
-        pass with q ≥ threshold (above 1: never). temperature 0 is greedy; max_loops=0 generates with the pretrained
-        model. → (tokens (B, T + max_new_tokens), passes (B, max_new_tokens)). Raises InputError if idx is empty or
-        too long.
+        Continue idx (B, T) by max_new_tokens tokens of at most max_loops passes each; a token stops at the first pass
+        with q ≥ threshold (above 1: never). temperature=0 is greedy, max_loops=0 the pretrained model.
+        → tokens (B, T + max_new_tokens), passes (B, max_new_tokens). Raises InputError if idx is empty or too long.
         """
         tokens, passes = [idx], [idx[:, :0]]
         for token, depth in self.stream(idx, max_new_tokens, max_loops, threshold, temperature, top_k, generator):
@@ -365,9 +345,7 @@ class LoopUS(nn.Module):
 
 
 def sample(logits, temperature, top_k, generator):
-    """
-    Draw a token (B, 1) from logits (B, V): the most likely at temperature 0, among the top_k likeliest if given.
-    """
+    """Draw a token (B, 1) from logits (B, V): the likeliest at temperature 0, else among the top_k likeliest."""
     if temperature == 0:
         return logits.argmax(dim=-1, keepdim=True)
     logits = logits.float() / temperature
@@ -381,8 +359,8 @@ def sample(logits, temperature, top_k, generator):
 def early_exit(model, idx, max_loops, threshold):
     """
     What early exit means, for whole sequences idx (B, T) at once: a token that has stopped keeps its state, and in
-    every deeper pass the others see the keys and values of its last executed pass. → states to decode (B, T, C),
-    passes (B, T).
+    every deeper pass the others see the keys and values of its last executed pass.
+    → states to decode (B, T, C), passes (B, T).
     """
     h = model.encode(idx)
     if max_loops == 0:
@@ -418,11 +396,11 @@ def lm_loss(logits, targets):
 
 def losses(model, h, targets):
     """
-    One supervised step of random deep supervision (§3.2, Fig. 4) from the state h (B, T, C), against the next tokens
-    (B, T):
+    One supervised step (§3.2, Fig. 4) from the state h (B, T, C), against the next tokens `targets` (B, T):
+
         L_LM   = CE(D(h'), next token),  h' = one gated pass from h, the only pass that gradients go through
-        L_mono = SiLU(L_LM − L_LM of the state before the step), the latter without gradient: a pass should not do
-        harm L_Q    = BCE(q(h'), was the prediction right?), per token
+        L_mono = SiLU(L_LM − L_LM of h, the latter without gradient): a pass should do no harm
+        L_Q    = BCE(q(h'), was the likeliest token right?), per token
     """
     h = h.detach()
     with torch.no_grad():

@@ -105,9 +105,7 @@ def trace(model, tokenizer, prompt, s):
 def encode(model, tokenizer, prompt):
     ids = tokenizer.encode(prompt) or [tokenizer.end_of_text or 0]  # nothing to continue: begin a text
     if len(ids) > model.config.block_size:
-        raise InputError(
-            f"the prompt has {len(ids)} tokens, the model's context holds {model.config.block_size}: shorten it"
-        )
+        raise InputError(f"the prompt has {len(ids)} tokens, the context holds {model.config.block_size}: shorten it")
     return torch.tensor([ids], device=model.wte.weight.device)
 
 

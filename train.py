@@ -1,13 +1,11 @@
 """
-Make a looped model of a pretrained one: random deep supervision (paper §3.2), or plain next-token training as its
-control.
+Make a looped model of a pretrained one by random deep supervision (paper §3.2), or train it unlooped, as the control.
 
     python train.py                                   the whole story in minutes, on any machine, without network
     python train.py --init=gpt2 --data=book.txt       a real model on real text, with the paper's constants
 
-Without --init it reads the source of Python's standard library as bytes, trains a small base model on it, recasts and
-trains that as a looped model, spends the same tokens on the unlooped base, and compares the three on files none of
-them has seen.
+Without --init it trains a small base model on the source of Python's standard library, read as bytes, recasts and
+trains that as a looped model, spends the same tokens on the unlooped base, and compares the three on held-out files.
 """
 
 import json
@@ -38,17 +36,13 @@ class Settings:
     val: str = flag("", "held-out text; empty: every 20th file of --data, or the last 20th of a single one")
     out: str = flag("out/loop", "directory of the run: checkpoints and log.jsonl")
     resume: bool = flag(False, "go on from the newest checkpoint in --out, with the settings it was started with")
-    objective: str = flag(
-        "loop", "loop: random deep supervision; lm: next-token training of the unlooped model, the control"
-    )
+    objective: str = flag("loop", "loop: random deep supervision; lm: the unlooped model, as the control")
     # the loop
     max_loops: int = flag(20, "B, passes unrolled per batch (paper: 20)")
     supervised: int = flag(5, "K, passes supervised among them (paper: 5)")
     encoder_layers: int = flag(-1, "layers run once before the loop; -1: the paper's cut, or by the layer profile")
     decoder_layers: int = flag(-1, "layers run once after the loop; -1: likewise")
-    gate_start: str = flag(
-        "", "first α of every channel, or s4d: the authors' start; empty: 0.5, or the checkpoint's own"
-    )
+    gate_start: str = flag("", "first α of every channel, or s4d: the authors' start; empty: 0.5")
     # the optimizer
     steps: int = flag(22888, "optimizer steps (paper: 3B tokens)")
     batch: int = flag(2, "sequences per micro-batch (paper: 2)")
@@ -74,9 +68,7 @@ def check(s):
     if s.objective not in ("loop", "lm"):
         raise InputError(f"--objective={s.objective} is not known: expected loop or lm")
     if not 1 <= s.supervised <= s.max_loops:
-        raise InputError(
-            f"--supervised={s.supervised} passes cannot be drawn from --max_loops={s.max_loops}: K is 1 … B"
-        )
+        raise InputError(f"--supervised={s.supervised} cannot be drawn from --max_loops={s.max_loops}: K is 1 … B")
     for name in ("steps", "batch", "accumulate", "context", "log_every", "eval_every"):
         if getattr(s, name) < 1:
             raise InputError(f"--{name}={getattr(s, name)} is too small: expected at least 1")
@@ -96,9 +88,7 @@ def micro_batch(tokens, s, i):
     """
     count = (len(tokens) - 1) // s.context
     if count < 1:
-        raise InputError(
-            f"{len(tokens)} training tokens are less than one context of {s.context}: give more, or --context"
-        )
+        raise InputError(f"{len(tokens)} training tokens do not fill one context of {s.context}: give more text")
     numbers = range(i * s.batch, (i + 1) * s.batch)
     starts = [shuffled(count, s.seed, n // count)[n % count] * s.context for n in numbers]
     rows = torch.from_numpy(np.stack([tokens[a : a + s.context + 1] for a in starts]).astype(np.int64))
@@ -114,9 +104,7 @@ def learning_rate(s, step):
 
 
 def make_optimizer(model, s):
-    """
-    AdamW over what trains: for the loop all but the encoder, gate and head faster; for lm all but gate and head.
-    """
+    """AdamW over what trains: for the loop all but the encoder, for lm all but the gate and the head."""
     groups = {}
     for name, p in model.named_parameters():
         new, kept = name.startswith(("gate.", "q_head.")), name.startswith(("wte.", "wpe.", "encoder."))
@@ -128,9 +116,7 @@ def make_optimizer(model, s):
 
 
 def gradients(model, x, y, s, micro):
-    """
-    Add the gradients of one micro-batch, each supervised step's at once → the sums of L_LM, L_mono and L_Q over them.
-    """
+    """Add one micro-batch's gradients, each supervised step's at once → its L_LM, L_mono, L_Q, mean over steps."""
     terms = torch.zeros(3, device=x.device)
     if s.objective == "lm":
         loss = lm_loss(model(x, loops=0), y)
@@ -154,9 +140,7 @@ def train(s):
     if s.resume and not found:
         raise InputError(f"--resume: {out} holds no checkpoint to go on from; start without --resume")
     if found and not s.resume:
-        raise InputError(
-            f"{out} already holds a run, at {found[-1].parent.name}: --resume goes on, another --out starts anew"
-        )
+        raise InputError(f"{out} already holds a run, at {found[-1].parent.name}: --resume it, or name another --out")
     torch.manual_seed(s.seed)
     cuts = {k: getattr(s, k) for k in ("encoder_layers", "decoder_layers") if getattr(s, k) >= 0}
     start = dict(gate_start=s.gate_start) if s.gate_start else {}
@@ -173,6 +157,8 @@ def train(s):
         saved = torch.load(found[-1], map_location=device, weights_only=True)
         optimizer.load_state_dict(saved["optimizer"])
         first = saved["step"]
+    if first > s.steps:
+        raise InputError(f"{out} is at step {first} already, beyond --steps={s.steps}: name another --out")
     out.mkdir(parents=True, exist_ok=True)
     log = open(out / "log.jsonl", "a", encoding="utf-8")
     if s.compile:
@@ -187,17 +173,15 @@ def train(s):
         log.flush()
 
     c = model.config
-    cut = f"{c.encoder_layers} + {c.reasoning_layers} + {c.decoder_layers} layers"
     size = f"{sum(p.numel() for p in model.parameters()) / 1e6:.1f}M parameters"
-    print(f"{s.objective}: {size}, {cut}, {len(tokens):,} tokens, {device}, {dtype}, to {out}", flush=True)
+    size += f" in {c.encoder_layers} + {c.reasoning_layers} + {c.decoder_layers} layers"
+    print(f"{s.objective}: {size}, {len(tokens):,} tokens, {device}, {dtype}, to {out}", flush=True)
 
     def evaluate(step):
-        model.eval()
         depths = [0] if s.objective == "lm" else [0, 1, 2, 4, 8]
         losses = depth_losses(model, sequences, depths, s.batch, autocast)
         line = ", ".join(f"{loss:.4f} at {depth}" for depth, loss in losses.items())
         report(f"step {step}: held-out loss {line} passes", step=step, held_out=losses)
-        model.train()
 
     def checkpoint(step):
         directory = out / f"step-{step:07d}"
@@ -269,53 +253,42 @@ def peak_memory(device):
 
 def story(given):
     """
-    Pretrain a small base model, recast and train it as a looped one, train the control on the same tokens, and
+    Pretrain a small base model, recast and train it as a looped one, spend the same tokens on the unlooped control, and
     compare. `given` are the flags that were set; the base is trained for three times the steps of the other two.
     """
     out, begun = Path(given.pop("out", "out/story")), time.time()
     device, dtype = convert.pick_device(given.get("device", ""), given.get("dtype", ""))
-    width, batch = (512, 64) if device.type == "cuda" else (128, 4)  # some minutes on a GPU, and on two CPU cores
-    shared = dict(
-        data="python",
-        batch=batch,
-        accumulate=1,
-        context=256,
-        warmup=50,
-        log_every=100,
-        eval_every=10**9,
-        eval_tokens=32768,
-    )
-    shared |= dict(steps=400, lr=5e-4, max_loops=8, supervised=2, encoder_layers=2, decoder_layers=2) | given
-    untrained, base = out / "untrained", out / "base"
-    if not (base / "config.json").exists():
-        torch.manual_seed(shared.get("seed", Settings.seed))
+    width, batch = (512, 64) if device.type == "cuda" else (128, 4)  # minutes on a GPU, and on two CPU cores
+    values = dict(data="python", batch=batch, accumulate=1, context=256, steps=400, lr=1.5e-3, warmup=50, log_every=100)
+    values |= dict(max_loops=8, supervised=2, encoder_layers=2, decoder_layers=2, eval_every=10**9, eval_tokens=32768)
+    looped = Settings(**values | given)
+    unlooped = replace(looped, objective="lm")
+
+    untrained, base = str(out / "untrained"), str(out / "base")
+    if not Path(base, "config.json").exists():
+        torch.manual_seed(looped.seed)
         shape = dict(n_layer=6, n_embd=width, n_head=width // 64, n_kv_head=width // 64, head_dim=64, n_inner=4 * width)
         kind = dict(norm="layer", norm_eps=1e-5, mlp="gelu", bias=True, rope_theta=0.0)
         model = LoopUS(Config(vocab_size=257, block_size=512, **shape, **kind))
         model.reset_parameters()
         convert.save(model, convert.byte_tokenizer(), untrained, hub_layout=True)
-        new = dict(
-            init=str(untrained), out=str(out / "pretraining"), objective="lm", steps=3 * shared["steps"], lr=2e-3
-        )
-        pretrained = stage("1/3 pretrain a small base model", Settings(**shared | new))
-        convert.save(*convert.load(pretrained), base, hub_layout=True)
-    shared["init"] = str(base)
-    control = stage(
-        "2/3 the control: go on without loop", Settings(**shared | dict(out=str(out / "control"), objective="lm"))
-    )
-    loop = stage("3/3 recast it and train the loop", Settings(**shared | dict(out=str(out / "loop"))))
+        new = replace(unlooped, init=untrained, out=str(out / "pretraining"), steps=3 * looped.steps, lr=2e-3)
+        convert.save(*convert.load(stage("1/3 pretrain a small base model", new)), base, hub_layout=True)
+    loop = stage("2/3 recast it and train the loop", replace(looped, init=base, out=str(out / "loop")))
+    control = stage("3/3 the same tokens without loop", replace(unlooped, init=base, out=str(out / "control")))
 
-    print(f"\nheld-out loss, nats per byte ({clock(time.time() - begun)} so far)")
+    autocast = partial(torch.autocast, device.type, dtype, enabled=dtype != torch.float32)
+    print("\nheld-out loss, nats per byte")
     for name, directory, depths in (("base", base, [0]), ("control", control, [0]), ("looped", loop, [0, 1, 2, 4, 8])):
         model, tokenizer = convert.load(directory, device)
-        sequences = windows(convert.load_data("python", "", tokenizer)[1], 256, shared["eval_tokens"])
-        autocast = partial(torch.autocast, device.type, dtype, enabled=dtype != torch.float32)
+        sequences = windows(convert.load_data("python", "", tokenizer)[1], 256, looped.eval_tokens)
         for depth, loss in depth_losses(model, sequences, depths, 16, autocast).items():
-            print(f"{name:8} {f'{depth} passes' if depth else 'unlooped':24} {loss:.4f}", flush=True)
+            print(f"{name:8} {f'{depth} passes' if depth else 'unlooped':20} {loss:.4f}", flush=True)
     stats = exit_stats(model, sequences, 8, 0.6, 16, autocast)
-    passes = f"exit, {stats['mean_passes']:.2f} passes"
-    print(f"{'looped':8} {passes:24} {stats['loss']:.4f}")
-    print(f"\n{clock(time.time() - begun)}. Now: python sample.py --max_loops=8 --prompt='def ', and python eval.py")
+    print(f"looped   {stats['mean_passes']:.2f} passes, by exit {stats['loss']:.4f}")
+    print(
+        f"\n{clock(time.time() - begun)}. Now try: python sample.py --max_loops=8 --prompt='def ', and python eval.py"
+    )
 
 
 def stage(title, s):

@@ -157,6 +157,8 @@ def test_a_run_is_not_overwritten(command, checkpoint, tmp_path):
     assert sorted((tmp_path / "run").rglob("*")) == before
     code, out, _ = command(train, "--resume", f"--out={tmp_path / 'run'}", "--steps=6")  # the other settings are kept
     assert code == 0 and "step 6: held-out loss" in out and "5/6" not in out.split("step 4")[0]
+    wrong(command(train, "--resume", f"--out={tmp_path / 'run'}", "--steps=5"), "at step 6 already", "--steps=5")
+    assert (tmp_path / "run" / "step-0000006" / "model.safetensors").exists()
 
 
 def test_full_disk_ends_training_with_the_old_checkpoint_whole(command, checkpoint, tmp_path):
