@@ -12,6 +12,7 @@ import glob
 import hashlib
 import http.client
 import json
+import math
 import os
 import re
 import shutil
@@ -21,7 +22,7 @@ import unicodedata
 import urllib.error
 import urllib.request
 from contextlib import contextmanager, nullcontext
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import MISSING, asdict, dataclass, field, fields, replace
 from pathlib import Path
 
 import numpy as np
@@ -36,32 +37,45 @@ from loopus import Config, InputError, LoopUS, span
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Families: what is particular about each kind of checkpoint
-#   config   our field → the key in config.json          fixed    fields that all of the family share
-#   only     keys whose other values we do not support   layer    the name of layer number {}
-#   names    our module → its names there, stacked along the outputs; GPT-2's linear layers lie transposed
+#   config   our field → the key in config.json, or its value where the whole family shares one
+#   only     keys whose other values we do not support
+#   names    our module → its names there, stacked along the outputs; layer: the name of layer number {}
 
+LLAMA = dict(
+    architecture="LlamaForCausalLM",
+    config=dict(block_size="max_position_embeddings", n_layer="num_hidden_layers", n_head="num_attention_heads")
+    | dict(n_kv_head="num_key_value_heads", head_dim="head_dim", n_embd="hidden_size", n_inner="intermediate_size")
+    | dict(norm_eps="rms_norm_eps", vocab_size="vocab_size", norm=("rms",), mlp=("swiglu",), rope_theta="rope_theta")
+    | dict(partial_rotary="partial_rotary_factor")
+    | dict(qkv_bias="attention_bias", out_bias="attention_bias", mlp_bias="mlp_bias"),
+    only=dict(hidden_act=("silu",), rope_type=("default", "llama3")),
+    layer="model.layers.{}",
+    names=dict(wte="model.embed_tokens", norm="model.norm", lm_head="lm_head", ln_1="input_layernorm")
+    | dict(qkv="self_attn.q_proj self_attn.k_proj self_attn.v_proj", out="self_attn.o_proj")
+    | dict(q_norm="self_attn.q_norm", k_norm="self_attn.k_norm", ln_2="post_attention_layernorm")
+    | dict(up="mlp.gate_proj mlp.up_proj", down="mlp.down_proj"),
+)
 FAMILIES = {
-    "gpt2": dict(
+    "gpt2": dict(  # its linear layers lie transposed
+        architecture="GPT2LMHeadModel",
         config=dict(block_size="n_positions", n_layer="n_layer", n_head="n_head", n_kv_head="n_head", n_embd="n_embd")
-        | dict(n_inner="n_inner", norm_eps="layer_norm_epsilon", vocab_size="vocab_size"),
-        fixed=dict(norm="layer", mlp="gelu", bias=True, rope_theta=0.0),
+        | dict(n_inner="n_inner", norm_eps="layer_norm_epsilon", vocab_size="vocab_size", rope_theta=(0.0,))
+        | dict(norm=("layer",), mlp=("gelu",), qkv_bias=(True,), out_bias=(True,), mlp_bias=(True,)),
         only=dict(activation_function=("gelu_new", "gelu_pytorch_tanh"), scale_attn_weights=(True,))
         | dict(scale_attn_by_inverse_layer_idx=(False,)),
         layer="transformer.h.{}",
         names=dict(wte="transformer.wte", wpe="transformer.wpe", norm="transformer.ln_f", lm_head="lm_head")
         | dict(ln_1="ln_1", qkv="attn.c_attn", out="attn.c_proj", ln_2="ln_2", up="mlp.c_fc", down="mlp.c_proj"),
     ),
-    "llama": dict(
-        config=dict(block_size="max_position_embeddings", n_layer="num_hidden_layers", n_head="num_attention_heads")
-        | dict(n_kv_head="num_key_value_heads", head_dim="head_dim", n_embd="hidden_size", n_inner="intermediate_size")
-        | dict(rope_theta="rope_theta", norm_eps="rms_norm_eps", vocab_size="vocab_size"),
-        fixed=dict(norm="rms", mlp="swiglu", bias=False),
-        only=dict(hidden_act=("silu",), attention_bias=(False,), mlp_bias=(False,)),
-        layer="model.layers.{}",
-        names=dict(wte="model.embed_tokens", norm="model.norm", lm_head="lm_head", ln_1="input_layernorm")
-        | dict(qkv="self_attn.q_proj self_attn.k_proj self_attn.v_proj", out="self_attn.o_proj")
-        | dict(ln_2="post_attention_layernorm", up="mlp.gate_proj mlp.up_proj", down="mlp.down_proj"),
-    ),
+    "llama": LLAMA,
+    "mistral": LLAMA | dict(architecture="MistralForCausalLM"),
+    "qwen2": LLAMA
+    | dict(architecture="Qwen2ForCausalLM")
+    | dict(config=LLAMA["config"] | dict(qkv_bias=(True,), out_bias=(False,))),
+    "qwen3": LLAMA | dict(architecture="Qwen3ForCausalLM", config=LLAMA["config"] | dict(qk_norm=(True,))),
+    "phi3": LLAMA
+    | dict(architecture="Phi3ForCausalLM")
+    | dict(names=LLAMA["names"] | dict(qkv="self_attn.qkv_proj", up="mlp.gate_up_proj")),
     # ours: every module under its own name, layers numbered through so that the model can be cut anew
     "loopus": dict(layer="layers.{}", names={}),
 }
@@ -88,22 +102,25 @@ def read_config(path):
     if family not in FAMILIES:
         raise InputError(f"{path}: model_type {family} is not supported; expected one of {', '.join(FAMILIES)}")
     if family == "loopus":
-        values = {f.name: raw.get(f.name) for f in fields(Config)}
+        values = {f.name: raw[f.name] for f in fields(Config) if f.name in raw}
     else:
-        of = FAMILIES[family]
-        rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
-        kind = rope.get("rope_type") or rope.get("type") or "default"
-        for key, allowed in (of["only"] | dict(rope_type=("default",))).items():
-            found = kind if key == "rope_type" else raw.get(key, allowed[0])
-            if found not in allowed:
-                raise InputError(f"{path}: {key} {found} is not supported; expected {' or '.join(map(str, allowed))}")
-        raw = raw | dict(rope_theta=float(rope.get("rope_theta") or raw.get("rope_theta") or 10000.0))
-        values = {ours: raw.get(theirs) for ours, theirs in of["config"].items()} | of["fixed"]
-        if values["n_embd"] and values["n_head"]:
-            values["head_dim"] = values.get("head_dim") or values["n_embd"] // values["n_head"]
-            values["n_kv_head"] = values["n_kv_head"] or values["n_head"]
-            values["n_inner"] = values["n_inner"] or 4 * values["n_embd"]
-    missing = [name for name, value in values.items() if value is None]
+        rope = dict(raw.get("rope_parameters") or raw.get("rope_scaling") or {})
+        rope["rope_type"] = rope.get("rope_type") or rope.get("type") or "default"
+        raw = raw | rope
+        window = raw.get("use_sliding_window", True) and raw.get("sliding_window") or math.inf
+        if "sliding_attention" in (raw.get("layer_types") or ()) or window < raw.get("max_position_embeddings", 0):
+            raise InputError(f"{path}: sliding_window {window} is not supported; expected attention to all before")
+        for key, allowed in FAMILIES[family]["only"].items():
+            if raw.get(key, allowed[0]) not in allowed:
+                expected = " or ".join(map(str, allowed))
+                raise InputError(f"{path}: {key} {raw[key]} is not supported; expected {expected}")
+        keys = FAMILIES[family]["config"].items()
+        values = {ours: key[0] if isinstance(key, tuple) else raw.get(key) for ours, key in keys}
+        values = {ours: value for ours, value in values.items() if value is not None}
+        width, heads = values.get("n_embd", 0), values.get("n_head", 1)
+        usual = dict(n_kv_head=heads, head_dim=width // heads, n_inner=4 * width, rope_theta=10000.0)
+        values = usual | values | dict(rope_scaling=rope if rope["rope_type"] == "llama3" else None)
+    missing = [f.name for f in fields(Config) if f.default is MISSING and values.get(f.name) is None]
     if missing:
         raise InputError(f"{path} does not say {', '.join(missing)} of the {family} model: is the file intact?")
     return family, values, raw
@@ -111,12 +128,20 @@ def read_config(path):
 
 def hub_config(config, end_of_text):
     """Our Config → (family, config.json) of the unlooped model in the hub's layout."""
-    family = "gpt2" if config.norm == "layer" else "llama"
-    raw = {theirs: getattr(config, ours) for ours, theirs in FAMILIES[family]["config"].items()}
-    raw |= {key: allowed[0] for key, allowed in FAMILIES[family]["only"].items()}
-    classes = dict(gpt2="GPT2LMHeadModel", llama="LlamaForCausalLM")
-    raw |= dict(bos_token_id=end_of_text, eos_token_id=end_of_text, torch_dtype="float32", tie_word_embeddings=False)
-    return family, dict(model_type=family, architectures=[classes[family]]) | raw
+    c = config
+    if c.norm == "layer":
+        family = "gpt2"
+    elif c.partial_rotary != 1:
+        family = "phi3"
+    else:
+        family = "qwen3" if c.qk_norm else "qwen2" if c.qkv_bias and not c.out_bias else "llama"
+    of = FAMILIES[family]
+    raw = dict(model_type=family, architectures=[of["architecture"]], tie_word_embeddings=False, torch_dtype="float32")
+    raw |= {key: getattr(c, ours) for ours, key in of["config"].items() if isinstance(key, str)}
+    raw |= {key: allowed[0] for key, allowed in of["only"].items() if key != "rope_type"}
+    if c.rope_theta:
+        raw["rope_scaling"] = c.rope_scaling
+    return family, raw | dict(bos_token_id=end_of_text, eos_token_id=end_of_text)
 
 
 def sources(model, family):

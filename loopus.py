@@ -18,6 +18,7 @@ token when q is high enough. What early exit means is said once, by `early_exit`
 Shapes: B batch, T tokens, C width of the states (n_embd), V vocabulary, n heads, m key/value heads, hd width of a head.
 """
 
+import math
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -50,8 +51,13 @@ class Config:
     norm: str  # "layer": LayerNorm with bias (GPT-2); "rms": RMSNorm (Llama)
     norm_eps: float
     mlp: str  # "gelu": tanh-GELU (GPT-2); "swiglu" (Llama)
-    bias: bool  # do the linear layers of a block have one
     rope_theta: float  # base of the rotary frequencies; 0: learned positions (GPT-2)
+    rope_scaling: dict | None = None  # Llama 3's stretching of the slow frequencies: see `span`
+    partial_rotary: float = 1.0  # the share of a head's channels that is rotated
+    qkv_bias: bool = False  # which linear layers have a bias: GPT-2 all, Qwen2 the first, most others none
+    out_bias: bool = False
+    mlp_bias: bool = False
+    qk_norm: bool = False  # RMSNorm on each head's queries and keys (Qwen3)
     encoder_layers: int = 1  # the first layers, run once
     decoder_layers: int = 1  # the last layers, run once
     gate_start: str = "0.5"  # α of every channel before training, or "s4d": the authors' start
@@ -82,26 +88,37 @@ class Span(NamedTuple):
     """Where the T tokens of one call stand in the text, and which of them still loop."""
 
     start: int  # position of the first one
-    cos: torch.Tensor | None  # rotary table (T, hd/2); None with learned positions
+    cos: torch.Tensor | None  # rotary table (T, d/2) of the d rotated channels; None with learned positions
     sin: torch.Tensor | None
     running: torch.Tensor | None = None  # (B, T) bool: who writes keys and values in this pass; None: everyone
 
 
 def span(config, start, T, device):
-    """The Span of positions start … start+T−1, everyone running. Raises InputError past the context."""
+    """
+    The Span of positions start … start+T−1, everyone running. With Llama 3's rope_scaling, wavelengths beyond
+    original / low_freq_factor are stretched by `factor`, those under original / high_freq_factor are left, and in
+    between it goes smoothly from one to the other. Raises InputError past the context.
+    """
     if start + T > config.block_size:
         raise InputError(f"{start + T} tokens do not fit the model's context of {config.block_size}: shorten the text")
     if not config.rope_theta:
         return Span(start, None, None)
-    frequency = config.rope_theta ** -(torch.arange(0, config.head_dim, 2, device=device).float() / config.head_dim)
+    width = int(config.head_dim * config.partial_rotary)
+    frequency = config.rope_theta ** -(torch.arange(0, width, 2, device=device).float() / width)
+    if scaling := config.rope_scaling:
+        turns = scaling["original_max_position_embeddings"] * frequency / (2 * math.pi)  # within the original context
+        low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
+        kept = ((turns - low) / (high - low)).clamp(0, 1)
+        frequency = frequency * (kept + (1 - kept) / scaling["factor"])
     angle = torch.outer(torch.arange(start, start + T, device=device).float(), frequency)
     return Span(start, angle.cos(), angle.sin())
 
 
 def rotate(x, cos, sin):
-    """Turn each pair of channels (i, i + hd/2) of x (B, n, T, hd) by its position's angle."""
-    x1, x2 = x.chunk(2, dim=-1)
-    return torch.cat((x1 * cos - x2 * sin, x2 * cos + x1 * sin), dim=-1).type_as(x)
+    """Turn each pair of channels (i, i + d/2) of the first d of x (B, n, T, hd) by its position's angle."""
+    half = cos.size(-1)
+    x1, x2, rest = x[..., :half], x[..., half : 2 * half], x[..., 2 * half :]
+    return torch.cat((x1 * cos - x2 * sin, x2 * cos + x1 * sin, rest), dim=-1).type_as(x)
 
 
 def make_norm(c):
@@ -113,11 +130,14 @@ class Block(nn.Module):
         super().__init__()
         self.c = c
         self.ln_1 = make_norm(c)
-        self.qkv = nn.Linear(c.n_embd, (c.n_head + 2 * c.n_kv_head) * c.head_dim, bias=c.bias)
-        self.out = nn.Linear(c.n_head * c.head_dim, c.n_embd, bias=c.bias)
+        self.qkv = nn.Linear(c.n_embd, (c.n_head + 2 * c.n_kv_head) * c.head_dim, bias=c.qkv_bias)
+        if c.qk_norm:
+            self.q_norm = nn.RMSNorm(c.head_dim, eps=c.norm_eps)
+            self.k_norm = nn.RMSNorm(c.head_dim, eps=c.norm_eps)
+        self.out = nn.Linear(c.n_head * c.head_dim, c.n_embd, bias=c.out_bias)
         self.ln_2 = make_norm(c)
-        self.up = nn.Linear(c.n_embd, c.n_inner * (2 if c.mlp == "swiglu" else 1), bias=c.bias)
-        self.down = nn.Linear(c.n_inner, c.n_embd, bias=c.bias)
+        self.up = nn.Linear(c.n_embd, c.n_inner * (2 if c.mlp == "swiglu" else 1), bias=c.mlp_bias)
+        self.down = nn.Linear(c.n_inner, c.n_embd, bias=c.mlp_bias)
 
     def attention(self, x, at, kv):
         """
@@ -127,6 +147,8 @@ class Block(nn.Module):
         B, T, _ = x.shape
         n, m, hd = self.c.n_head, self.c.n_kv_head, self.c.head_dim
         q, k, v = self.qkv(x).view(B, T, n + 2 * m, hd).transpose(1, 2).split((n, m, m), dim=1)  # (B, n or m, T, hd)
+        if self.c.qk_norm:
+            q, k = self.q_norm(q), self.k_norm(k)
         if at.cos is not None:
             q, k = rotate(q, at.cos, at.sin), rotate(k, at.cos, at.sin)
         mask = None

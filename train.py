@@ -268,7 +268,9 @@ def story(given):
     if not Path(base, "config.json").exists():
         torch.manual_seed(looped.seed)
         shape = dict(n_layer=6, n_embd=width, n_head=width // 64, n_kv_head=width // 64, head_dim=64, n_inner=4 * width)
-        kind = dict(norm="layer", norm_eps=1e-5, mlp="gelu", bias=True, rope_theta=0.0)
+        kind = dict(
+            norm="layer", norm_eps=1e-5, mlp="gelu", rope_theta=0.0, qkv_bias=True, out_bias=True, mlp_bias=True
+        )
         model = LoopUS(Config(vocab_size=257, block_size=512, **shape, **kind))
         model.reset_parameters()
         convert.save(model, convert.byte_tokenizer(), untrained, hub_layout=True)

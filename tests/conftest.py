@@ -14,8 +14,8 @@ import convert  # noqa: E402
 from loopus import Config, LoopUS  # noqa: E402
 
 SHAPES = {
-    "gpt2": dict(n_kv_head=4, norm="layer", mlp="gelu", bias=True, rope_theta=0.0),
-    "llama": dict(n_kv_head=2, norm="rms", mlp="swiglu", bias=False, rope_theta=10000.0),
+    "gpt2": dict(n_kv_head=4, norm="layer", mlp="gelu", rope_theta=0.0, qkv_bias=True, out_bias=True, mlp_bias=True),
+    "llama": dict(n_kv_head=2, norm="rms", mlp="swiglu", rope_theta=10000.0),
 }
 
 

@@ -13,7 +13,7 @@ import loopus
 from loopus import Config, InputError, early_exit, span
 
 
-@pytest.mark.parametrize("family", ["gpt2", "llama", "llama_tied"])
+@pytest.mark.parametrize("family", ["gpt2", "llama", "llama_tied", "llama3_rope", "qwen3", "phi3"])
 def test_without_loops_it_is_the_pretrained_model(family):
     expected = load_file(GOLDEN / family / "expected.safetensors")
     for encoder, decoder in ((1, 1), (0, 0), (2, 1)):

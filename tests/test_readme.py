@@ -1,4 +1,4 @@
-"""The README's map from the paper to the source points where it says, and the source keeps its promise to stay small."""
+"""The README's map from the paper to the source is right, and the source keeps its promise to stay small."""
 
 import re
 
