@@ -607,9 +607,9 @@ def cut(model, encoder, decoder):
 # The command line, the same for all programs
 
 
-def flag(default, help):
-    """A setting with its help text: the fields of a dataclass become flags in `parse`."""
-    return field(default=default, metadata={"help": help})
+def flag(default, help, least=None):
+    """A setting, its help text and the least value it may have: the fields of a dataclass become flags in `parse`."""
+    return field(default=default, metadata={"help": help, "least": least})
 
 
 class OneLineParser(argparse.ArgumentParser):
@@ -628,7 +628,12 @@ def parse(settings, *positional):
             parser.add_argument(f"--{f.name}", help=text, action=argparse.BooleanOptionalAction)
         else:
             parser.add_argument(f"--{f.name}", help=text, type=f.type, metavar=f.type.__name__.upper())
-    return vars(parser.parse_args())
+    given = vars(parser.parse_args())
+    for f in fields(settings):
+        least = f.metadata["least"]
+        if least is not None and given.get(f.name, least) < least:
+            parser.error(f"--{f.name}={given[f.name]} is too small, expected at least {least}")
+    return given
 
 
 def run(main):
@@ -723,7 +728,7 @@ def show_profile(model, tokenizer, data):
 def main():
     s = Settings(**parse(Settings, "src", "out"))
     if not s.src or not (s.out or s.profile):
-        raise InputError("expected convert.py SRC OUT, or convert.py SRC --profile")
+        raise InputError("expected: convert.py SRC OUT, or convert.py SRC --profile")
     cuts = {k: getattr(s, k) for k in ("encoder_layers", "decoder_layers") if getattr(s, k) >= 0}
     model, tokenizer = load(s.src, **cuts, gate_start=s.gate_start)
     if s.profile:

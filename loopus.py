@@ -73,7 +73,7 @@ class Config:
         except ValueError:
             usable = False
         if not usable:
-            raise InputError(f'gate_start is "{self.gate_start}": give a number between 0 and 1 (the first α), or s4d')
+            raise InputError(f"gate_start is {self.gate_start}: give a number between 0 and 1 (the first α), or s4d")
 
     @property
     def reasoning_layers(self):

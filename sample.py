@@ -28,11 +28,11 @@ class Settings:
 
     init: str = flag("", "model: directory or hub name; empty: the one train.py wrote last")
     prompt: str = flag("", "text to continue; empty: asked for, or read from a pipe")
-    max_loops: int = flag(8, "most passes per token (paper: 8); 0: the pretrained model, unlooped")
+    max_loops: int = flag(8, "most passes per token (paper: 8); 0: the pretrained model, unlooped", 0)
     threshold: float = flag(0.6, "confidence at which a token stops (paper: 0.6); above 1: never")
-    max_new_tokens: int = flag(200, "tokens to write, unless the text ends before")
-    temperature: float = flag(0.8, "0: always the likeliest token")
-    top_k: int = flag(50, "draw among this many likeliest tokens")
+    max_new_tokens: int = flag(200, "tokens to write, unless the text ends before", 1)
+    temperature: float = flag(0.8, "0: always the likeliest token", 0)
+    top_k: int = flag(50, "draw among this many likeliest tokens", 1)
     seed: int = flag(2026, "of the random draws")
     trace: bool = flag(False, "show the next token's candidates after each pass instead of writing")
     device: str = flag("", "cpu, cuda or mps; empty: the best there is")
@@ -51,21 +51,19 @@ def write(model, tokenizer, prompt, s):
     """Stream the continuation of a prompt to standard output, and one line about it to standard error."""
     ids = encode(model, tokenizer, prompt)
     generator = torch.Generator(ids.device).manual_seed(s.seed)
+    steps = model.stream(ids, s.max_new_tokens, s.max_loops, s.threshold, s.temperature, s.top_k, generator)
     utf8 = codecs.getincrementaldecoder("utf-8")("replace")  # a character can span tokens
     depths, begun = [], time.time()
     if sys.stdout.isatty() and s.max_loops > 0:
         print("passes: " + " ".join(tint(str(b), b, s.max_loops) for b in range(1, s.max_loops + 1)) + "\n")
     print(prompt, end="", flush=True)
     try:
-        for token, passes in model.stream(
-            ids, s.max_new_tokens, s.max_loops, s.threshold, s.temperature, s.top_k, generator
-        ):
+        for token, passes in steps:
             if token.item() == tokenizer.end_of_text:
                 break
             depths.append(passes.item())
-            print(
-                tint(utf8.decode(tokenizer.decode_bytes([token.item()])), depths[-1], s.max_loops), end="", flush=True
-            )
+            piece = utf8.decode(tokenizer.decode_bytes([token.item()]))
+            print(tint(piece, depths[-1], s.max_loops), end="", flush=True)
     except KeyboardInterrupt:
         pass
     print(utf8.decode(b"", final=True), flush=True)
@@ -111,8 +109,6 @@ def encode(model, tokenizer, prompt):
 
 def main():
     s = Settings(**convert.parse(Settings))
-    if s.max_loops < 0 or s.temperature < 0 or s.top_k < 1 or s.max_new_tokens < 1:
-        raise InputError("--max_loops and --temperature cannot be negative, --top_k and --max_new_tokens not under 1")
     device, dtype = convert.pick_device(s.device, s.dtype)
     src = s.init or convert.last_model()
     model, tokenizer = convert.load(src, device, dtype)

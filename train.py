@@ -38,25 +38,25 @@ class Settings:
     resume: bool = flag(False, "go on from the newest checkpoint in --out, with the settings it was started with")
     objective: str = flag("loop", "loop: random deep supervision; lm: the unlooped model, as the control")
     # the loop
-    max_loops: int = flag(20, "B, passes unrolled per batch (paper: 20)")
-    supervised: int = flag(5, "K, passes supervised among them (paper: 5)")
+    max_loops: int = flag(20, "B, passes unrolled per batch (paper: 20)", 1)
+    supervised: int = flag(5, "K, passes supervised among them (paper: 5)", 1)
     encoder_layers: int = flag(-1, "layers run once before the loop; -1: the paper's cut, or by the layer profile")
     decoder_layers: int = flag(-1, "layers run once after the loop; -1: likewise")
     gate_start: str = flag("", "first α of every channel, or s4d: the authors' start; empty: 0.5")
     # the optimizer
-    steps: int = flag(22888, "optimizer steps (paper: 3B tokens)")
-    batch: int = flag(2, "sequences per micro-batch (paper: 2)")
-    accumulate: int = flag(64, "micro-batches per optimizer step (paper: 64)")
-    context: int = flag(1024, "tokens per sequence (paper: 1024)")
-    lr: float = flag(5e-5, "peak learning rate, cosine decay (paper: 5e-5)")
-    new_lr: float = flag(10.0, "how many times --lr the gate and the confidence head learn at")
-    warmup: int = flag(300, "steps until the peak learning rate (paper: 300)")
-    weight_decay: float = flag(0.1, "AdamW's, on matrices")
+    steps: int = flag(22888, "optimizer steps (paper: 3B tokens)", 1)
+    batch: int = flag(2, "sequences per micro-batch (paper: 2)", 1)
+    accumulate: int = flag(64, "micro-batches per optimizer step (paper: 64)", 1)
+    context: int = flag(1024, "tokens per sequence (paper: 1024)", 1)
+    lr: float = flag(5e-5, "peak learning rate, cosine decay (paper: 5e-5)", 0)
+    new_lr: float = flag(10.0, "how many times --lr the gate and the confidence head learn at", 0)
+    warmup: int = flag(300, "steps until the peak learning rate (paper: 300)", 0)
+    weight_decay: float = flag(0.1, "AdamW's, on matrices", 0)
     seed: int = flag(2026, "of the data order and the depths drawn (paper: 2026)")
     # reports
-    log_every: int = flag(10, "steps between log lines")
-    eval_every: int = flag(500, "steps between held-out losses and checkpoints")
-    eval_tokens: int = flag(16384, "held-out tokens per evaluation")
+    log_every: int = flag(10, "steps between log lines", 1)
+    eval_every: int = flag(500, "steps between held-out losses and checkpoints", 1)
+    eval_tokens: int = flag(16384, "held-out tokens per evaluation", 1)
     # the machine
     device: str = flag("", "cpu, cuda or mps; empty: the best there is")
     dtype: str = flag("", "bf16 (autocast, weights stay fp32) or fp32; empty: bf16 where the device is good at it")
@@ -67,11 +67,8 @@ def check(s):
     """Refuse settings that cannot be meant."""
     if s.objective not in ("loop", "lm"):
         raise InputError(f"--objective={s.objective} is not known: expected loop or lm")
-    if not 1 <= s.supervised <= s.max_loops:
+    if s.supervised > s.max_loops:
         raise InputError(f"--supervised={s.supervised} cannot be drawn from --max_loops={s.max_loops}: K is 1 … B")
-    for name in ("steps", "batch", "accumulate", "context", "log_every", "eval_every"):
-        if getattr(s, name) < 1:
-            raise InputError(f"--{name}={getattr(s, name)} is too small: expected at least 1")
     if not s.data:
         raise InputError('no --data: give a text file, a directory, a glob, .bin tokens, or "python"')
 

@@ -137,14 +137,15 @@ def test_bad_input_is_one_line(command, checkpoint, tmp_path):
     wrong(command(train, init, data, out, "--context=65"), "--context=65", "64")
     wrong(command(train, init, data, out, "--resume"), "--resume", "no checkpoint")
     wrong(command(train, init, data, out, "--objective=rl"), "expected loop or lm")
-    wrong(command(train, init, data, out, "--steps=0"), "--steps=0 is too small")
+    wrong(command(train, init, data, out, "--steps=0"), "--steps=0 is too small, expected at least 1", code=2)
+    wrong(command(evaluation, init, "--max_loops=-1"), "--max_loops=-1 is too small, expected at least 0", code=2)
     wrong(command(train, init, data, out, "--device=abacus"), "--device=abacus", "expected cpu")
     wrong(command(train, init, data, out, "--dtype=fp8"), "expected bf16 or fp32")
     wrong(command(train, init, data, out, more, "--gate_start=1.5"), "gate_start is 1.5")
     wrong(command(sample), "no --init")
     wrong(command(evaluation, init), "give --data")
     wrong(command(sample, init, "--prompt=" + "x" * 65), "65 tokens", "holds 64")
-    wrong(command(sample, init, "--prompt=x", "--temperature=-1"), "--temperature")
+    wrong(command(sample, init, "--prompt=x", "--temperature=-1"), "--temperature=-1.0 is too small", code=2)
     wrong(command(evaluation, f"--init={tmp_path / 'nothing'}"), "is no directory here and no name on the hub")
     wrong(command(convert, directory), "SRC OUT")
     assert not (tmp_path / "run").exists()
@@ -153,7 +154,7 @@ def test_bad_input_is_one_line(command, checkpoint, tmp_path):
 def test_a_run_is_not_overwritten(command, checkpoint, tmp_path):
     assert trained(command, checkpoint, tmp_path / "run")[0] == 0
     before = sorted((tmp_path / "run").rglob("*"))
-    wrong(trained(command, checkpoint, tmp_path / "run"), "already holds a run", "--resume goes on")
+    wrong(trained(command, checkpoint, tmp_path / "run"), "already holds a run", "--resume it")
     assert sorted((tmp_path / "run").rglob("*")) == before
     code, out, _ = command(train, "--resume", f"--out={tmp_path / 'run'}", "--steps=6")  # the other settings are kept
     assert code == 0 and "step 6: held-out loss" in out and "5/6" not in out.split("step 4")[0]
