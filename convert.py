@@ -7,7 +7,6 @@ Everything between a model and the world: checkpoints, the hub, tokenizers, text
 SRC is a name on the Hugging Face hub (owner/name[@revision], or gpt2), a directory in its layout, or one of our own.
 """
 
-import argparse
 import glob
 import hashlib
 import http.client
@@ -21,6 +20,7 @@ import sysconfig
 import unicodedata
 import urllib.error
 import urllib.request
+from argparse import SUPPRESS, ArgumentParser, BooleanOptionalAction
 from contextlib import contextmanager, nullcontext
 from dataclasses import MISSING, asdict, dataclass, field, fields, replace
 from pathlib import Path
@@ -36,49 +36,56 @@ import loopus
 from loopus import Config, InputError, LoopUS, span
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Families: what is particular about each kind of checkpoint
+# Layouts: what is particular about each kind of checkpoint
 #   config   our field → the key in config.json, or its value where the whole family shares one
 #   only     keys whose other values we do not support
-#   names    our module → its names there, stacked along the outputs; layer: the name of layer number {}
+#   layer    the name of layer i of the model, j of its stack
+#   names    our module → its names there, stacked along the outputs
 
-LLAMA = dict(
-    architecture="LlamaForCausalLM",
-    config=dict(block_size="max_position_embeddings", n_layer="num_hidden_layers", n_head="num_attention_heads")
-    | dict(n_kv_head="num_key_value_heads", head_dim="head_dim", n_embd="hidden_size", n_inner="intermediate_size")
-    | dict(norm_eps="rms_norm_eps", vocab_size="vocab_size", norm=("rms",), mlp=("swiglu",), rope_theta="rope_theta")
-    | dict(partial_rotary="partial_rotary_factor")
-    | dict(qkv_bias="attention_bias", out_bias="attention_bias", mlp_bias="mlp_bias"),
-    only=dict(hidden_act=("silu",), rope_type=("default", "llama3")),
-    layer="model.layers.{}",
-    names=dict(wte="model.embed_tokens", norm="model.norm", lm_head="lm_head", ln_1="input_layernorm")
-    | dict(qkv="self_attn.q_proj self_attn.k_proj self_attn.v_proj", out="self_attn.o_proj")
-    | dict(q_norm="self_attn.q_norm", k_norm="self_attn.k_norm", ln_2="post_attention_layernorm")
-    | dict(up="mlp.gate_proj mlp.up_proj", down="mlp.down_proj"),
-)
+KEYS = dict(
+    vocab_size="vocab_size", block_size="max_position_embeddings", n_layer="num_hidden_layers", n_embd="hidden_size",
+    n_head="num_attention_heads", n_kv_head="num_key_value_heads", head_dim="head_dim", n_inner="intermediate_size",
+    norm=("rms",), norm_eps="rms_norm_eps", mlp=("swiglu",), rope_theta="rope_theta", mlp_bias="mlp_bias",
+    partial_rotary="partial_rotary_factor", qkv_bias="attention_bias", out_bias="attention_bias",
+)  # fmt: skip
+NAMES = dict(
+    wte="model.embed_tokens", norm="model.norm", lm_head="lm_head", ln_1="input_layernorm", out="self_attn.o_proj",
+    qkv="self_attn.q_proj self_attn.k_proj self_attn.v_proj", q_norm="self_attn.q_norm", k_norm="self_attn.k_norm",
+    ln_2="post_attention_layernorm", up="mlp.gate_proj mlp.up_proj", down="mlp.down_proj",
+)  # fmt: skip
+ONLY = dict(hidden_act=("silu",), rope_type=("default", "llama3"))
+LLAMA = dict(architecture="LlamaForCausalLM", config=KEYS, only=ONLY, layer="model.layers.{i}", names=NAMES)
 FAMILIES = {
-    "gpt2": dict(  # its linear layers lie transposed
+    "gpt2": dict(
         architecture="GPT2LMHeadModel",
-        config=dict(block_size="n_positions", n_layer="n_layer", n_head="n_head", n_kv_head="n_head", n_embd="n_embd")
-        | dict(n_inner="n_inner", norm_eps="layer_norm_epsilon", vocab_size="vocab_size", rope_theta=(0.0,))
-        | dict(norm=("layer",), mlp=("gelu",), qkv_bias=(True,), out_bias=(True,), mlp_bias=(True,)),
-        only=dict(activation_function=("gelu_new", "gelu_pytorch_tanh"), scale_attn_weights=(True,))
-        | dict(scale_attn_by_inverse_layer_idx=(False,)),
-        layer="transformer.h.{}",
-        names=dict(wte="transformer.wte", wpe="transformer.wpe", norm="transformer.ln_f", lm_head="lm_head")
-        | dict(ln_1="ln_1", qkv="attn.c_attn", out="attn.c_proj", ln_2="ln_2", up="mlp.c_fc", down="mlp.c_proj"),
+        transposed=True,  # as its linear layers lie there
+        config=dict(
+            vocab_size="vocab_size", block_size="n_positions", n_layer="n_layer", n_head="n_head", n_kv_head="n_head",
+            n_embd="n_embd", n_inner="n_inner", norm=("layer",), norm_eps="layer_norm_epsilon", mlp=("gelu",),
+            rope_theta=(0.0,), qkv_bias=(True,), out_bias=(True,), mlp_bias=(True,),
+        ),
+        only=dict(
+            activation_function=("gelu_new", "gelu_pytorch_tanh"), scale_attn_weights=(True,),
+            scale_attn_by_inverse_layer_idx=(False,),
+        ),
+        layer="transformer.h.{i}",
+        names=dict(
+            wte="transformer.wte", wpe="transformer.wpe", norm="transformer.ln_f", lm_head="lm_head", ln_1="ln_1",
+            qkv="attn.c_attn", out="attn.c_proj", ln_2="ln_2", up="mlp.c_fc", down="mlp.c_proj",
+        ),
     ),
     "llama": LLAMA,
     "mistral": LLAMA | dict(architecture="MistralForCausalLM"),
-    "qwen2": LLAMA
-    | dict(architecture="Qwen2ForCausalLM")
-    | dict(config=LLAMA["config"] | dict(qkv_bias=(True,), out_bias=(False,))),
-    "qwen3": LLAMA | dict(architecture="Qwen3ForCausalLM", config=LLAMA["config"] | dict(qk_norm=(True,))),
+    "qwen2": LLAMA | dict(architecture="Qwen2ForCausalLM", config=KEYS | dict(qkv_bias=(True,), out_bias=(False,))),
+    "qwen3": LLAMA | dict(architecture="Qwen3ForCausalLM", config=KEYS | dict(qk_norm=(True,))),
     "phi3": LLAMA
-    | dict(architecture="Phi3ForCausalLM")
-    | dict(names=LLAMA["names"] | dict(qkv="self_attn.qkv_proj", up="mlp.gate_up_proj")),
-    # ours: every module under its own name, layers numbered through so that the model can be cut anew
-    "loopus": dict(layer="layers.{}", names={}),
-}
+    | dict(architecture="Phi3ForCausalLM", names=NAMES | dict(qkv="self_attn.qkv_proj", up="mlp.gate_up_proj")),
+}  # fmt: skip
+# Ours: every module under its own name, layers numbered through so that the model can be cut anew.
+OURS = dict(layer="layers.{i}", names=dict(gate="gate", q_head="q_head"))
+# The authors': these, and the names of the base model's family within a layer.
+AUTHORS = dict(wte="encoder.embed_tokens", norm="decoder.norm", lm_head="decoder.lm_head", q_head="q_head")
+AUTHORS |= dict(gate="reasoning.gate", gate_down="reasoning.gate.dt_input_proj", gate_up="reasoning.gate.delta_proj")
 HARMLESS = (".attn.bias", ".attn.masked_bias", ".rotary_emb.inv_freq")  # buffers that old checkpoints carry
 GPT2_ALIASES = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")
 
@@ -93,69 +100,79 @@ PAPER_CUTS = {
 
 
 def read_config(path):
-    """config.json → (family, fields of Config, the raw dict). Raises InputError for what is missing or unsupported."""
+    """config.json → (layout, fields of Config, is the head tied). Raises InputError for what we cannot load."""
     try:
         raw = json.loads(path.read_text(encoding="utf-8"))
         family = raw["model_type"]
-    except (ValueError, KeyError, TypeError) as e:
+        if family == "loopus":
+            layout, values = OURS, {f.name: raw[f.name] for f in fields(Config) if f.name in raw}
+        elif family == "lds":
+            layout, values = read_family(raw["base_config_dict"], path)
+            values |= {f"{stack}_layers": len(raw[f"{stack}_layer_indices"]) for stack in ("encoder", "decoder")}
+            layout = layout | dict(layer="{stack}.layers.{j}", names=layout["names"] | AUTHORS)
+        else:
+            layout, values = read_family(raw, path)
+    except (json.JSONDecodeError, KeyError, TypeError) as e:
         raise InputError(f"{path} is not a model's config ({e!r}): expected JSON with a model_type") from None
-    if family not in FAMILIES:
-        raise InputError(f"{path}: model_type {family} is not supported; expected one of {', '.join(FAMILIES)}")
-    if family == "loopus":
-        values = {f.name: raw[f.name] for f in fields(Config) if f.name in raw}
-    else:
-        rope = dict(raw.get("rope_parameters") or raw.get("rope_scaling") or {})
-        rope["rope_type"] = rope.get("rope_type") or rope.get("type") or "default"
-        raw = raw | rope
-        window = raw.get("use_sliding_window", True) and raw.get("sliding_window") or math.inf
-        if "sliding_attention" in (raw.get("layer_types") or ()) or window < raw.get("max_position_embeddings", 0):
-            raise InputError(f"{path}: sliding_window {window} is not supported; expected attention to all before")
-        for key, allowed in FAMILIES[family]["only"].items():
-            if raw.get(key, allowed[0]) not in allowed:
-                expected = " or ".join(map(str, allowed))
-                raise InputError(f"{path}: {key} {raw[key]} is not supported; expected {expected}")
-        keys = FAMILIES[family]["config"].items()
-        values = {ours: key[0] if isinstance(key, tuple) else raw.get(key) for ours, key in keys}
-        values = {ours: value for ours, value in values.items() if value is not None}
-        width, heads = values.get("n_embd", 0), values.get("n_head", 1)
-        usual = dict(n_kv_head=heads, head_dim=width // heads, n_inner=4 * width, rope_theta=10000.0)
-        values = usual | values | dict(rope_scaling=rope if rope["rope_type"] == "llama3" else None)
     missing = [f.name for f in fields(Config) if f.default is MISSING and values.get(f.name) is None]
     if missing:
         raise InputError(f"{path} does not say {', '.join(missing)} of the {family} model: is the file intact?")
-    return family, values, raw
+    return layout, values, "gate" not in layout["names"] and raw.get("tie_word_embeddings", family == "gpt2")
+
+
+def read_family(raw, path):
+    """The config of an unlooped model → (layout, fields of Config)."""
+    family = raw["model_type"]
+    if family not in FAMILIES:
+        expected = f"expected one of {', '.join(FAMILIES)}, or a looped one: loopus, lds"
+        raise InputError(f"{path}: model_type {family} is not supported; {expected}")
+    layout = FAMILIES[family]
+    rope = dict(raw.get("rope_parameters") or raw.get("rope_scaling") or {})
+    rope["rope_type"] = rope.get("rope_type") or rope.get("type") or "default"
+    raw = raw | rope
+    window = raw.get("use_sliding_window", True) and raw.get("sliding_window") or math.inf
+    if "sliding_attention" in (raw.get("layer_types") or ()) or window < raw.get("max_position_embeddings", 0):
+        raise InputError(f"{path}: its sliding window is not supported; expected attention to all tokens before")
+    for key, allowed in layout["only"].items():
+        if raw.get(key, allowed[0]) not in allowed:
+            expected = " or ".join(map(str, allowed))
+            raise InputError(f"{path}: {key} {raw[key]} is not supported; expected {expected}")
+    values = {ours: key[0] if isinstance(key, tuple) else raw.get(key) for ours, key in layout["config"].items()}
+    values = {ours: value for ours, value in values.items() if value is not None}
+    width, heads = values.get("n_embd", 0), values.get("n_head", 1)
+    usual = dict(n_kv_head=heads, head_dim=width // heads, n_inner=4 * width, rope_theta=10000.0)
+    return layout, usual | values | dict(rope_scaling=rope if rope["rope_type"] == "llama3" else None)
 
 
 def hub_config(config, end_of_text):
-    """Our Config → (family, config.json) of the unlooped model in the hub's layout."""
+    """Our Config → (layout, config.json) of the unlooped model as the hub has it."""
     c = config
-    if c.norm == "layer":
-        family = "gpt2"
-    elif c.partial_rotary != 1:
-        family = "phi3"
-    else:
-        family = "qwen3" if c.qk_norm else "qwen2" if c.qkv_bias and not c.out_bias else "llama"
+    family = "qwen3" if c.qk_norm else "qwen2" if c.qkv_bias and not c.out_bias else "llama"
+    family = "gpt2" if c.norm == "layer" else "phi3" if c.partial_rotary != 1 else family
     of = FAMILIES[family]
     raw = dict(model_type=family, architectures=[of["architecture"]], tie_word_embeddings=False, torch_dtype="float32")
     raw |= {key: getattr(c, ours) for ours, key in of["config"].items() if isinstance(key, str)}
     raw |= {key: allowed[0] for key, allowed in of["only"].items() if key != "rope_type"}
     if c.rope_theta:
         raw["rope_scaling"] = c.rope_scaling
-    return family, raw | dict(bos_token_id=end_of_text, eos_token_id=end_of_text)
+    return of, raw | dict(bos_token_id=end_of_text, eos_token_id=end_of_text)
 
 
-def sources(model, family):
-    """For each parameter that the family's checkpoints hold: (our name, the names there, do they lie transposed)."""
-    names, layer = FAMILIES[family]["names"], FAMILIES[family]["layer"]
-    for module in ("wte", "wpe", "norm", "lm_head", *(("gate", "q_head") if family == "loopus" else ())):
-        for leaf, _ in getattr(model, module, torch.nn.Module()).named_parameters():
-            yield f"{module}.{leaf}", [f"{names.get(module, module)}.{leaf}"], False
-    blocks = [(s, j, block) for s in ("encoder", "reasoning", "decoder") for j, block in enumerate(getattr(model, s))]
-    for i, (stack, j, block) in enumerate(blocks):
-        for name, p in block.named_parameters():
-            module, leaf = name.split(".")
-            there = [f"{layer.format(i)}.{n}.{leaf}" for n in names.get(module, module).split()]
-            yield f"{stack}.{j}.{name}", there, family == "gpt2" and p.dim() == 2
+def sources(model, layout):
+    """For each parameter that such checkpoints hold: (our name, the names there, do they lie transposed)."""
+    c, names = model.config, layout["names"]
+    first = dict(encoder=0, reasoning=c.encoder_layers, decoder=c.n_layer - c.decoder_layers)
+    for name, p in model.named_parameters():
+        module, leaf = name.rsplit(".", 1)
+        stack, layer = module.split(".")[0], ""
+        if stack in first:
+            _, j, module = module.split(".")
+            layer = layout["layer"].format(stack=stack, j=j, i=first[stack] + int(j)) + "."
+        elif stack in ("gate", "q_head") and stack not in names:
+            continue
+        there = names.get(module.replace(".", "_")) or module.replace(stack, names.get(stack, stack), 1)
+        transposed = bool(layer) and p.dim() == 2 and layout.get("transposed", False)
+        yield name, [f"{layer}{n}.{leaf}" for n in there.split()], transposed
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -169,7 +186,7 @@ def load(src, device="cpu", dtype=torch.float32, **overrides):
     Raises InputError for what is missing, surplus, misshapen or unsupported.
     """
     directory = resolve(src)
-    family, values, raw = read_config(directory / "config.json")
+    layout, values, tied = read_config(directory / "config.json")
     unknown = set(overrides) - {f.name for f in fields(Config)}
     if unknown:
         raise InputError(
@@ -180,25 +197,24 @@ def load(src, device="cpu", dtype=torch.float32, **overrides):
         found = f"{tokenizer.n_vocab} tokens, the model embeds {values['vocab_size']}"
         raise InputError(f"{directory / 'tokenizer.json'} has {found}: they do not belong together")
     config = Config(**dict(encoder_layers=0, decoder_layers=0) | values | overrides)
-    tied = raw.get("tie_word_embeddings", family == "gpt2")
-    model = read_model(directory, family, config, tied, device, dtype).eval()
-    if family != "loopus" and not {"encoder_layers", "decoder_layers"} <= set(overrides):
+    model = read_model(directory, layout, config, tied, device, dtype).eval()
+    if "gate" not in layout["names"] and not {"encoder_layers", "decoder_layers"} <= set(overrides):
         cuts = PAPER_CUTS.get((config.n_layer, config.n_embd))
         encoder, decoder = cuts or choose_cuts(layer_distances(model, sample_text(model, tokenizer)))
         cut(model, overrides.get("encoder_layers", encoder), overrides.get("decoder_layers", decoder))
     return model, tokenizer
 
 
-def read_model(directory, family, config, tied, device, dtype):
+def read_model(directory, layout, config, tied, device, dtype):
     """The model of `config` with the weights of the directory, each tensor copied from the mapped file once."""
     with torch.device("meta"):
         model = LoopUS(config)
     tensors, state, used, problems = open_tensors(directory), {}, set(), []
-    for name, there, transposed in sources(model, family):
+    for name, there, transposed in sources(model, layout):
         there = [bare(n) for n in there]
         used.update(there)
         if tied and name == "lm_head.weight":
-            there = [bare(FAMILIES[family]["names"]["wte"]) + ".weight"]
+            there = [bare(layout["names"]["wte"]) + ".weight"]
         shape = model.get_parameter(name).shape
         missing = [n for n in there if n not in tensors]
         parts = [tensors[n]().T if transposed else tensors[n]() for n in there if n in tensors]
@@ -225,7 +241,8 @@ def read_model(directory, family, config, tied, device, dtype):
 
 
 def bare(name):
-    """A tensor's name without the prefix that some checkpoints write and others do not."""
+    """A tensor's name without the prefixes that some checkpoints write and others do not; plateau is an old name."""
+    name = re.sub(r"(^|\.)module\.", r"\1", name).replace("plateau.", "reasoning.")
     return name.removeprefix("transformer.").removeprefix("model.")
 
 
@@ -264,13 +281,13 @@ def write(model, tokenizer, directory, hub_layout=False):
     Write config.json, model.safetensors and tokenizer.json into a directory, as a LoopUS checkpoint or, with
     hub_layout, as the plain unlooped model that other tools load too.
     """
-    c, family = model.config, "loopus"
-    config = dict(model_type=family) | asdict(c)
+    c = model.config
+    layout, config = OURS, dict(model_type="loopus") | asdict(c)
     if hub_layout:
-        family, config = hub_config(c, tokenizer.end_of_text if tokenizer else None)
+        layout, config = hub_config(c, tokenizer.end_of_text if tokenizer else None)
     qkv = [c.n_head * c.head_dim, c.n_kv_head * c.head_dim, c.n_kv_head * c.head_dim]
     tensors = {}
-    for name, there, transposed in sources(model, family):
+    for name, there, transposed in sources(model, layout):
         whole = model.get_parameter(name).detach()
         rows = {1: [len(whole)], 2: [c.n_inner, c.n_inner], 3: qkv}[len(there)]
         for n, part in zip(there, whole.split(rows)):
@@ -395,8 +412,7 @@ def byte_alphabet():
 class Tokenizer:
     """
     tiktoken's byte-pair encoding with the ids of a tokenizer.json: `encode(text)` → ids, `decode(ids)` → text.
-    tiktoken takes the order of merges for ids, which real vocabularies do not always obey, so `ids` maps its numbers
-    to theirs.
+    tiktoken takes the order of merges for ids; real vocabularies do not always, so `ids` maps its numbers to theirs.
     """
 
     def __init__(self, spec, where="tokenizer.json"):
@@ -476,9 +492,8 @@ def load_tokenizer(src):
 def find_files(data):
     """A file, a directory (all its files), a glob, or "python": the source of its standard library → sorted paths."""
     if data == "python":
-        skip = {"site-packages", "test", "tests", "idle_test"}
-        library = Path(sysconfig.get_paths()["stdlib"]).rglob("*.py")
-        found = [f for f in library if not skip & set(f.parts) and not f.name.startswith("bad")]
+        library, skip = Path(sysconfig.get_paths()["stdlib"]), {"site-packages", "test", "tests", "idle_test"}
+        found = [f for f in library.rglob("*.py") if not skip & set(f.relative_to(library).parts)]
     elif Path(data).is_dir():
         found = Path(data).rglob("*")
     else:
@@ -505,8 +520,7 @@ def load_data(data, val, tokenizer):
 def load_tokens(files, tokenizer):
     """
     Text or .bin files → one memory-mapped array of token ids. Texts are tokenised once, each closed by end-of-text,
-    and kept in the cache, as uint16 or, for large vocabularies, uint32. Raises InputError for what is not text or
-    tokens.
+    and kept in the cache, as uint16 or, for large vocabularies, uint32. Raises InputError for anything else.
     """
     small = np.uint16 if tokenizer.n_vocab <= 1 << 16 else np.uint32
     if [f.suffix for f in files] == [".bin"]:
@@ -587,8 +601,7 @@ def layer_distances(model, idx):
 def choose_cuts(distances):
     """
     The rule: the reasoning block is the plateau, the longest run of layers that each change the state less than twice
-    what the median layer does; what comes before is the encoder, what comes after the decoder. → (encoder, decoder)
-    layers.
+    what the median layer does. → layers before it (encoder), layers after it (decoder).
     """
     loud = [-1, *torch.nonzero(distances >= 2 * distances.median()).flatten().tolist(), len(distances)]
     after, before = max(zip(loud, loud[1:]), key=lambda pair: pair[1] - pair[0])
@@ -612,20 +625,16 @@ def flag(default, help, least=None):
     return field(default=default, metadata={"help": help, "least": least})
 
 
-class OneLineParser(argparse.ArgumentParser):
-    def error(self, message):
-        self.exit(2, f"{self.prog}: {message}; --help lists what there is\n")
-
-
 def parse(settings, *positional):
     """The command line as {field: value} of the dataclass `settings`, given ones only; refuses unknown flags."""
-    parser = OneLineParser(description=settings.__doc__, allow_abbrev=False, argument_default=argparse.SUPPRESS)
+    parser = ArgumentParser(description=settings.__doc__, allow_abbrev=False, argument_default=SUPPRESS)
+    parser.error = lambda message: parser.exit(2, f"{parser.prog}: {message}; --help lists what there is\n")
     for f in fields(settings):
         text = f.metadata["help"].replace("%", "%%") + (f" (default {f.default})" if f.default != "" else "")
         if f.name in positional:
             parser.add_argument(f.name, help=text, nargs="?")
         elif f.type is bool:
-            parser.add_argument(f"--{f.name}", help=text, action=argparse.BooleanOptionalAction)
+            parser.add_argument(f"--{f.name}", help=text, action=BooleanOptionalAction)
         else:
             parser.add_argument(f"--{f.name}", help=text, type=f.type, metavar=f.type.__name__.upper())
     given = vars(parser.parse_args())
@@ -680,10 +689,10 @@ def last_model():
 
 
 def progress(what, done, total):
-    """One line on a terminal that fills up; nothing where the output is a file."""
+    """One line on a terminal that fills up and goes when it is full; nothing where the output is a file."""
     if sys.stderr.isatty():
-        share = done / max(total, done, 1)
-        print(f"\r{what} {'█' * int(30 * share):30} {done:,}", end="\n" if share == 1 else "", file=sys.stderr)
+        line = f"{what} {'█' * int(30 * done / max(total, done, 1)):30} {done:,}"
+        print("\r" + (line if done < total else " " * len(line) + "\r"), end="", flush=True, file=sys.stderr)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -711,12 +720,12 @@ def show_profile(model, tokenizer, data):
         sequences = windows(load_tokens(find_files(data), tokenizer), min(256, model.config.block_size), 2048)
     distances = layer_distances(model, sequences[:, :-1])
     n, encoder, decoder = model.config.n_layer, model.config.encoder_layers, model.config.decoder_layers
+    print("1 − cos between the states that enter and leave each layer")
     for i, d in enumerate(distances.tolist()):
         part = "encoder" if i < encoder else "decoder" if i >= n - decoder else "loop"
         print(f"layer {i:>2}  {part:7}  {d:6.3f}  {'█' * round(50 * d / distances.max().item())}")
-    print("(1 − cos between the states that enter and leave each layer)\n")
-    print("by the rule: encoder {}, decoder {} layers; ".format(*choose_cuts(distances)), end="")
-    print(f"taken: {encoder}, {decoder}\n\nuntrained loss after    1        2        4        8 passes")
+    print("by the rule: encoder {}, decoder {};".format(*choose_cuts(distances)), f"taken: {encoder}, {decoder}")
+    print("\nuntrained loss after    1        2        4        8 passes")
     for e, d in ((encoder + a, decoder + b) for a, b in ((0, 0), (-1, 0), (1, 0), (0, -1), (0, 1))):
         if e >= 0 and d >= 0 and e + d < n:
             cut(model, e, d)

@@ -66,9 +66,8 @@ def depth_losses(model, sequences, depths, batch, autocast):
 @torch.no_grad()
 def exit_stats(model, sequences, max_loops, threshold, batch, autocast):
     """
-    With confidence exit: mean loss, mean passes, tokens per number of passes 1 … max_loops, and for ten equal bins of
-    the confidence the tokens in it, their mean confidence and how often the likeliest token was right; ece is their
-    mean gap.
+    With confidence exit: mean loss, mean passes, histogram of tokens by their passes 1 … max_loops, and in ten bins of
+    the confidence the tokens, their mean confidence and how often the likeliest token was right; ece is the mean gap.
     """
     device = model.wte.weight.device
     loss, passes, confidence, right = 0.0, [], [], []
@@ -85,14 +84,8 @@ def exit_stats(model, sequences, max_loops, threshold, batch, autocast):
     bins = []
     for i, member in enumerate((confidence * 10).long().clamp(max=9) == torch.arange(10)[:, None]):
         if n := int(member.sum()):
-            bins.append(
-                dict(
-                    above=i / 10,
-                    tokens=n,
-                    confidence=confidence[member].mean().item(),
-                    right=right[member].mean().item(),
-                )
-            )
+            said, was = confidence[member].mean().item(), right[member].mean().item()
+            bins.append(dict(above=i / 10, tokens=n, confidence=said, right=was))
     ece = sum(b["tokens"] * abs(b["confidence"] - b["right"]) for b in bins) / len(right)
     histogram = torch.bincount(passes, minlength=max_loops + 1)[1:].tolist()
     return dict(loss=loss, mean_passes=passes.float().mean().item(), histogram=histogram, calibration=bins, ece=ece)

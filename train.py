@@ -15,6 +15,7 @@ import shutil
 import sys
 import time
 from dataclasses import asdict, dataclass, replace
+from datetime import timedelta
 from functools import lru_cache, partial
 from pathlib import Path
 
@@ -206,16 +207,18 @@ def train(s):
             x, y = micro_batch(tokens, s, micro)
             with autocast():  # ends before the optimizer steps: its copies of the weights must not outlive them
                 terms += gradients(model, x.to(device), y.to(device), s, micro)
+            if s.accumulate > 1:
+                convert.progress(f"step {step + 1}", micro + 1 - step * s.accumulate, s.accumulate)
         norm = torch.nn.utils.clip_grad_norm_([p for p in model.parameters() if p.requires_grad], 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        if (step + 1) % s.log_every == 0 or step + 1 == s.steps:
+        if (step + 1) % s.log_every == 0 or step in (first, s.steps - 1):
             lm, mono, q = (terms / s.accumulate).tolist()
             now = time.time()
             speed = (step + 1 - logged) * s.accumulate * s.batch * s.context / (now - last)
             left = (now - begun) / (step + 1 - first) * (s.steps - step - 1)
             parts = f"lm {lm:.4f}" + (f"  mono {mono:+.4f}  q {q:.4f}" if s.objective == "loop" else "")
-            pace = f"{speed:,.0f} tokens/s  {clock(left)} left"
+            pace = f"{speed:,.0f} tokens/s  {timedelta(seconds=int(left))} left"
             line = f"{step + 1:>6}/{s.steps}  {parts}  lr {rate:.1e}  norm {norm:.2f}  {pace}"
             values = dict(lm=lm, mono=mono, q=q, lr=rate, grad_norm=norm.item(), tokens_per_second=speed)
             report(line, step=step + 1, **values, seconds_left=left)
@@ -224,13 +227,9 @@ def train(s):
             checkpoint(step + 1)
     evaluate(s.steps)
     directory = checkpoint(s.steps)
-    spent = f"{clock(time.time() - begun)}, peak memory {peak_memory(device):.2f} GB"
+    spent = f"{timedelta(seconds=int(time.time() - begun))}, peak memory {peak_memory(device):.2f} GB"
     print(f"{s.objective}: {spent}, written to {directory}", flush=True)
     return directory
-
-
-def clock(seconds):
-    return f"{int(seconds // 3600)}:{int(seconds // 60 % 60):02d}:{int(seconds % 60):02d}"
 
 
 def peak_memory(device):
@@ -285,9 +284,8 @@ def story(given):
             print(f"{name:8} {f'{depth} passes' if depth else 'unlooped':20} {loss:.4f}", flush=True)
     stats = exit_stats(model, sequences, 8, 0.6, 16, autocast)
     print(f"looped   {stats['mean_passes']:.2f} passes, by exit {stats['loss']:.4f}")
-    print(
-        f"\n{clock(time.time() - begun)}. Now try: python sample.py --max_loops=8 --prompt='def ', and python eval.py"
-    )
+    spent = timedelta(seconds=int(time.time() - begun))
+    print(f"\n{spent}. Now try: python sample.py --max_loops=8 --prompt='def ', and python eval.py")
 
 
 def stage(title, s):

@@ -70,6 +70,33 @@ def test_wanted_dtype_and_untied_head():
     assert model.lm_head.weight.data_ptr() != model.wte.weight.data_ptr()
 
 
+def test_old_names_of_the_authors_checkpoints(tmp_path):
+    family = "loopus_reference_llama"
+    expected = load_file(GOLDEN / family / "expected.safetensors")
+
+    def rename(state):
+        for name in list(state):
+            old = name.replace("reasoning.", "plateau.").replace("gate.", "gate.module.")
+            state[old if "gate" in name else f"module.{old}"] = state.pop(name)
+
+    model, _ = convert.load(broken(tmp_path, family, rename))
+    torch.testing.assert_close(model(expected["input_ids"], 4), expected["logits4"], atol=1e-4, rtol=1e-4)
+
+
+def test_biases_say_which_family_a_model_belongs_to(tmp_path):
+    kinds = {"qwen2": dict(qkv_bias=True), "llama": dict(qkv_bias=True, out_bias=True, mlp_bias=True)}
+    for family, biases in kinds.items():
+        model = random_model("llama", **biases)
+        convert.save(model, None, tmp_path / family, hub_layout=True)
+        assert json.loads((tmp_path / family / "config.json").read_text())["model_type"] == family
+        names = load_file(tmp_path / family / "model.safetensors").keys()
+        assert "model.layers.0.self_attn.q_proj.bias" in names
+        assert ("model.layers.0.self_attn.o_proj.bias" in names) == (family == "llama")
+        again, _ = convert.load(tmp_path / family)
+        idx = torch.randint(0, 257, (1, 9))
+        assert torch.equal(again(idx, 0), model(idx, 0))
+
+
 def broken(tmp_path, family="llama", tensors=None, **config):
     """A copy of a golden checkpoint with changes: tensors(dict) edits the weights, config the config.json."""
     directory = tmp_path / "broken"
@@ -89,7 +116,8 @@ def broken(tmp_path, family="llama", tensors=None, **config):
         (dict(model_type="mamba"), "model_type mamba is not supported"),
         (dict(hidden_act="gelu"), "hidden_act gelu is not supported"),
         (dict(attention_bias=True), "q_proj.bias and .* missing"),
-        (dict(sliding_window=16), "sliding_window 16 is not supported"),
+        (dict(sliding_window=16), "sliding window is not supported"),
+        (dict(layer_types=["sliding_attention"] * 4), "sliding window is not supported"),
         (dict(rope_scaling=dict(rope_type="yarn", factor=4.0)), "rope_type yarn is not supported"),
         (dict(model_type="qwen3_moe"), "model_type qwen3_moe is not supported"),
         (dict(num_hidden_layers="gone"), "does not say n_layer"),

@@ -27,34 +27,12 @@ def test_without_loops_it_is_the_pretrained_model(family):
     assert torch.equal(tokens, greedy) and not passes.any()
 
 
-def reference_model():
-    """The golden LoopUS checkpoint of the authors' code, its weights put in by hand."""
-    directory = GOLDEN / "loopus_reference_llama"
-    rows = dict(encoder_layers=1, decoder_layers=1)
-    model, _ = convert.load(GOLDEN / "llama_tied", **rows)  # the same shape
-    there = load_file(directory / "model.safetensors")
-    names = {"wte.weight": "encoder.embed_tokens.weight", "norm.weight": "decoder.norm.weight"}
-    names |= {"lm_head.weight": "decoder.lm_head.weight", "gate.down.weight": "reasoning.gate.dt_input_proj.weight"}
-    names |= {f"gate.up.{leaf}": f"reasoning.gate.delta_proj.{leaf}" for leaf in ("weight", "bias")}
-    names |= {"gate.A_log": "reasoning.gate.A_log"}
-    parts = {"ln_1": ["input_layernorm"], "ln_2": ["post_attention_layernorm"], "out": ["self_attn.o_proj"]}
-    parts |= {"qkv": [f"self_attn.{x}_proj" for x in "qkv"], "up": ["mlp.gate_proj", "mlp.up_proj"]}
-    parts |= {"down": ["mlp.down_proj"]}
-    state = {}
-    for name, p in model.named_parameters():
-        if name in names or name.startswith("q_head"):
-            state[name] = there[names.get(name, name)]
-        else:
-            stack, i, module, leaf = name.split(".")
-            state[name] = torch.cat([there[f"{stack}.layers.{i}.{part}.{leaf}"] for part in parts[module]])
-        assert state[name].shape == p.shape
-    model.load_state_dict(state)
-    return model, load_file(directory / "expected.safetensors")
-
-
+@pytest.mark.parametrize("family", ["llama", "qwen3"])
 @torch.no_grad()
-def test_states_gate_and_confidence_of_the_authors_code():
-    model, expected = reference_model()
+def test_states_gate_and_confidence_of_the_authors_code(family):
+    directory = GOLDEN / f"loopus_reference_{family}"
+    model, _ = convert.load(directory)
+    expected = load_file(directory / "expected.safetensors")
     close = dict(atol=1e-4, rtol=1e-4)
     h = model.encode(expected["input_ids"])
     torch.testing.assert_close(h, expected["h0"], **close)
