@@ -601,11 +601,14 @@ def layer_distances(model, idx):
 def choose_cuts(distances):
     """
     The rule: the reasoning block is the plateau, the longest run of layers that each change the state less than twice
-    what the median layer does. → layers before it (encoder), layers after it (decoder).
+    what the median layer does; never the first and the last layer, as in all of the paper's cuts.
+    → layers before it (encoder), layers after it (decoder).
     """
-    loud = [-1, *torch.nonzero(distances >= 2 * distances.median()).flatten().tolist(), len(distances)]
-    after, before = max(zip(loud, loud[1:]), key=lambda pair: pair[1] - pair[0])
-    return after + 1, len(distances) - before
+    last = len(distances) - 1
+    loud = torch.nonzero(distances >= 2 * distances.median()).flatten().tolist()
+    borders = sorted({0, last, *loud})
+    before, after = max(zip(borders, borders[1:]), key=lambda pair: pair[1] - pair[0], default=(0, last))
+    return before + 1, last + 1 - after
 
 
 def cut(model, encoder, decoder):

@@ -124,7 +124,7 @@ def main():
     print(f"{'passes':>8} {'mean':>6} {'loss':>8} {'perplexity':>11} {'bits/byte':>10}")
     for r in rows:
         print("{passes:>8} {mean_passes:6.2f} {loss:8.4f} {perplexity:11.3f} {bits_per_byte:10.4f}".format(**r), end="")
-        print("  the base: one ungated pass" if r["passes"] == 0 else "")
+        print("  one ungated pass, as the base runs" if r["passes"] == 0 else "")
     print(f"\npasses taken with exit at confidence {s.threshold}")
     for b, n in enumerate(exit["histogram"], start=1):
         print(f"{b:>8} {'█' * round(40 * n / count):40} {n / count:6.1%}")

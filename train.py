@@ -225,8 +225,8 @@ def train(s):
             last, logged = now, step + 1
         if (step + 1) % s.eval_every == 0 and step + 1 < s.steps:
             checkpoint(step + 1)
-    evaluate(s.steps)
     directory = checkpoint(s.steps)
+    evaluate(s.steps)
     spent = f"{timedelta(seconds=int(time.time() - begun))}, peak memory {peak_memory(device):.2f} GB"
     print(f"{s.objective}: {spent}, written to {directory}", flush=True)
     return directory
