@@ -87,6 +87,7 @@ OURS = dict(layer="layers.{i}", names=dict(gate="gate", q_head="q_head"))
 AUTHORS = dict(wte="encoder.embed_tokens", norm="decoder.norm", lm_head="decoder.lm_head", q_head="q_head")
 AUTHORS |= dict(gate="reasoning.gate", gate_down="reasoning.gate.dt_input_proj", gate_up="reasoning.gate.delta_proj")
 HARMLESS = (".attn.bias", ".attn.masked_bias", ".rotary_emb.inv_freq")  # buffers that old checkpoints carry
+STEP = "step-" + "[0-9]" * 7  # a finished checkpoint of a training run; one being written has more to its name
 GPT2_ALIASES = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")
 
 # The paper's cuts (Fig. 16, 17) by layers and width of the model: encoder and decoder layers.
@@ -331,7 +332,7 @@ def resolve(src):
     path = Path(src)
     if (path / "config.json").exists():
         return path
-    if steps := sorted(path.glob("step-*/config.json")):
+    if steps := sorted(path.glob(f"{STEP}/config.json")):
         return steps[-1].parent
     if path.exists():
         raise InputError(f"{src} holds no config.json: expected a directory with a checkpoint, or a name on the hub")

@@ -51,7 +51,7 @@ class Settings:
     context: int = flag(1024, "tokens per sequence (paper: 1024)", 1)
     lr: float = flag(5e-5, "peak learning rate, cosine decay (paper: 5e-5)", 0)
     new_lr: float = flag(10.0, "how many times --lr the gate and the confidence head learn at", 0)
-    warmup: int = flag(300, "steps until the peak learning rate (paper: 300)", 0)
+    warmup: int = flag(300, "steps until the peak learning rate (paper: 300), at most a tenth of --steps", 0)
     weight_decay: float = flag(0.1, "AdamW's, on matrices", 0)
     seed: int = flag(2026, "of the data order and the depths drawn (paper: 2026)")
     # reports
@@ -134,7 +134,7 @@ def train(s):
     check(s)
     device, dtype = convert.pick_device(s.device, s.dtype)
     out = Path(s.out)
-    found = sorted(out.glob("step-*/optimizer.pt"))
+    found = sorted(out.glob(f"{convert.STEP}/optimizer.pt"))
     if s.resume and not found:
         raise InputError(f"--resume: {out} holds no checkpoint to go on from; start without --resume")
     if found and not s.resume:
@@ -295,7 +295,7 @@ def stage(title, s):
         print(f"== {title}: done before, see {done}")
         return done
     print(f"== {title}")
-    return train(replace(s, resume=any(Path(s.out).glob("step-*/optimizer.pt"))))
+    return train(replace(s, resume=any(Path(s.out).glob(f"{convert.STEP}/optimizer.pt"))))
 
 
 def main():
@@ -304,7 +304,7 @@ def main():
         story(given)
         return
     if given.get("resume"):
-        saved = sorted(Path(given.get("out", Settings.out)).glob("step-*/settings.json"))
+        saved = sorted(Path(given.get("out", Settings.out)).glob(f"{convert.STEP}/settings.json"))
         given = (json.loads(saved[-1].read_text()) if saved else {}) | given
     train(Settings(**given))
 

@@ -153,6 +153,10 @@ def test_bad_input_is_one_line(command, checkpoint, tmp_path):
 
 def test_a_run_is_not_overwritten(command, checkpoint, tmp_path):
     assert trained(command, checkpoint, tmp_path / "run")[0] == 0
+    broken_off = tmp_path / "run" / "step-0000005.new-123"  # what a crash in the middle of writing leaves
+    broken_off.mkdir()
+    for name in ("config.json", "optimizer.pt", "settings.json"):
+        (broken_off / name).write_text("{")
     before = sorted((tmp_path / "run").rglob("*"))
     wrong(trained(command, checkpoint, tmp_path / "run"), "already holds a run", "--resume it")
     assert sorted((tmp_path / "run").rglob("*")) == before
