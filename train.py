@@ -274,6 +274,7 @@ def story(given):
         convert.save(*convert.load(stage("1/3 pretrain a small base model", new)), base, hub_layout=True)
     loop = stage("2/3 recast it and train the loop", replace(looped, init=base, out=str(out / "loop")))
     control = stage("3/3 the same tokens without loop", replace(unlooped, init=base, out=str(out / "control")))
+    convert.remember(loop)  # for what is suggested below, also where the loop was done before
 
     autocast = partial(torch.autocast, device.type, dtype, enabled=dtype != torch.float32)
     print("\nheld-out loss, nats per byte")
