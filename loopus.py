@@ -427,7 +427,7 @@ def losses(model, h, targets):
     h = h.detach()
     with torch.no_grad():
         before = lm_loss(model.decode(h), targets)
-    torch.clear_autocast_cache()  # low-precision weights that a pass without gradient left there carry none
+    torch.clear_autocast_cache()  # a precaution: copies of weights may be stale, or made without gradient
     h = model.refine(h)
     logits = model.decode(h)
     lm = lm_loss(logits, targets)
