@@ -1,28 +1,26 @@
 """
 Everything between a model and the world: checkpoints, the hub, tokenizers, text, where to cut, the command line.
 
-    python convert.py SRC OUT          write SRC as a LoopUS checkpoint: config.json, model.safetensors, tokenizer.json
+    python convert.py SRC OUT          write SRC as a LoopUS checkpoint, or for other tools (--format=hf or authors)
     python convert.py SRC --profile    show how much each layer changes the state, and the cuts that follow from it
-
-SRC is a name on the Hugging Face hub (owner/name[@revision], or gpt2), a directory in its layout, or one of our own.
 """
 
 import glob
 import hashlib
 import http.client
 import json
-import math
 import os
 import re
 import shutil
 import sys
 import sysconfig
 import unicodedata
-import urllib.error
 import urllib.request
 from argparse import SUPPRESS, ArgumentParser, BooleanOptionalAction
 from contextlib import contextmanager, nullcontext
-from dataclasses import MISSING, asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, fields, replace
+from functools import partial
+from itertools import takewhile
 from pathlib import Path
 
 import numpy as np
@@ -35,12 +33,9 @@ from safetensors.torch import save_file
 import loopus
 from loopus import Config, InputError, LoopUS, span
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Layouts: what is particular about each kind of checkpoint
-#   config   our field → the key in config.json, or its value where the whole family shares one
-#   only     keys whose other values we do not support
-#   layer    the name of layer i of the model, j of its stack
-#   names    our module → its names there, stacked along the outputs
+# ---- Layouts: what is particular about each kind of checkpoint. config: our field → its key in config.json, or what
+# the whole family shares; only: keys of which other values are not supported; layer: the name of layer i of the
+# model, j of its stack; names: our module → its names there, stacked along the outputs
 
 KEYS = dict(
     vocab_size="vocab_size", block_size="max_position_embeddings", n_layer="num_hidden_layers", n_embd="hidden_size",
@@ -53,110 +48,103 @@ NAMES = dict(
     qkv="self_attn.q_proj self_attn.k_proj self_attn.v_proj", q_norm="self_attn.q_norm", k_norm="self_attn.k_norm",
     ln_2="post_attention_layernorm", up="mlp.gate_proj mlp.up_proj", down="mlp.down_proj",
 )  # fmt: skip
-ONLY = dict(hidden_act=("silu",), rope_type=("default", "llama3"))
-LLAMA = dict(architecture="LlamaForCausalLM", config=KEYS, only=ONLY, layer="model.layers.{i}", names=NAMES)
+LLAMA = dict(
+    config=KEYS, only=dict(hidden_act=("silu",), rope_type=("default", "llama3")), layer="model.layers.{i}", names=NAMES
+)
 FAMILIES = {
     "gpt2": dict(
-        architecture="GPT2LMHeadModel",
-        transposed=True,  # as its linear layers lie there
+        layer="transformer.h.{i}", transposed=True,  # as its linear layers lie there
         config=dict(
             vocab_size="vocab_size", block_size="n_positions", n_layer="n_layer", n_head="n_head", n_kv_head="n_head",
             n_embd="n_embd", n_inner="n_inner", norm=("layer",), norm_eps="layer_norm_epsilon", mlp=("gelu",),
-            rope_theta=(0.0,), qkv_bias=(True,), out_bias=(True,), mlp_bias=(True,),
-        ),
+            rope_theta=(0.0,), qkv_bias=(True,), out_bias=(True,), mlp_bias=(True,)),
         only=dict(
             activation_function=("gelu_new", "gelu_pytorch_tanh"), scale_attn_weights=(True,),
-            scale_attn_by_inverse_layer_idx=(False,),
-        ),
-        layer="transformer.h.{i}",
+            scale_attn_by_inverse_layer_idx=(False,)),
         names=dict(
             wte="transformer.wte", wpe="transformer.wpe", norm="transformer.ln_f", lm_head="lm_head", ln_1="ln_1",
-            qkv="attn.c_attn", out="attn.c_proj", ln_2="ln_2", up="mlp.c_fc", down="mlp.c_proj",
-        ),
-    ),
-    "llama": LLAMA,
-    "mistral": LLAMA | dict(architecture="MistralForCausalLM"),
-    "qwen2": LLAMA | dict(architecture="Qwen2ForCausalLM", config=KEYS | dict(qkv_bias=(True,), out_bias=(False,))),
-    "qwen3": LLAMA | dict(architecture="Qwen3ForCausalLM", config=KEYS | dict(qk_norm=(True,))),
-    "phi3": LLAMA
-    | dict(architecture="Phi3ForCausalLM", names=NAMES | dict(qkv="self_attn.qkv_proj", up="mlp.gate_up_proj")),
+            qkv="attn.c_attn", out="attn.c_proj", ln_2="ln_2", up="mlp.c_fc", down="mlp.c_proj")),
+    "llama": LLAMA, "mistral": LLAMA,
+    "qwen2": LLAMA | dict(config=KEYS | dict(qkv_bias=(True,), out_bias=(False,))),
+    "qwen3": LLAMA | dict(config=KEYS | dict(qk_norm=(True,))),
+    "phi3": LLAMA | dict(names=NAMES | dict(qkv="self_attn.qkv_proj", up="mlp.gate_up_proj")),
 }  # fmt: skip
-# Ours: every module under its own name, layers numbered through so that the model can be cut anew.
+# Ours: every module under its own name, layers numbered through so that it can be cut anew.
 OURS = dict(layer="layers.{i}", names=dict(gate="gate", q_head="q_head"))
 # The authors': these, and the names of the base model's family within a layer.
-AUTHORS = dict(wte="encoder.embed_tokens", norm="decoder.norm", lm_head="decoder.lm_head", q_head="q_head")
-AUTHORS |= dict(gate="reasoning.gate", gate_down="reasoning.gate.dt_input_proj", gate_up="reasoning.gate.delta_proj")
+LOOPED = dict(wte="encoder.embed_tokens", norm="decoder.norm", lm_head="decoder.lm_head", q_head="q_head")
+LOOPED |= dict(gate="reasoning.gate", gate_down="reasoning.gate.dt_input_proj", gate_up="reasoning.gate.delta_proj")
+AUTHORS = {of: f | dict(layer="{stack}.layers.{j}", names=f["names"] | LOOPED) for of, f in FAMILIES.items()}
 HARMLESS = (".attn.bias", ".attn.masked_bias", ".rotary_emb.inv_freq")  # buffers that old checkpoints carry
 STEP = "step-" + "[0-9]" * 7  # a finished checkpoint of a training run; one being written has more to its name
-GPT2_ALIASES = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")
-
-# The paper's cuts (Fig. 16, 17) by layers and width of the model: encoder and decoder layers.
-PAPER_CUTS = {
-    (28, 2048): (2, 1),  # Qwen3-1.7B
-    (36, 2560): (2, 1),  # Qwen3-4B
-    (36, 4096): (6, 1),  # Qwen3-8B
-    (40, 5120): (6, 1),  # Phi-4
-    (22, 2048): (1, 1),  # TinyLlama-1.1B
-}
+DTYPES = ("bf16", "fp32")
+# The paper's cuts (Fig. 16, 17) of Qwen3-1.7B, 4B, 8B, Phi-4, TinyLlama: (layers, width): (encoder, decoder layers).
+PAPER_CUTS = {(28, 2048): (2, 1), (36, 2560): (2, 1), (36, 4096): (6, 1), (40, 5120): (6, 1), (22, 2048): (1, 1)}
 
 
-def read_config(path):
-    """config.json → (layout, fields of Config, is the head tied). Raises InputError for what we cannot load."""
+def read_config(path, overrides):
+    """config.json → (layout, Config, is the head tied). Raises InputError for what we cannot load."""
     try:
         raw = json.loads(path.read_text(encoding="utf-8"))
         family = raw["model_type"]
         if family == "loopus":
             layout, values = OURS, {f.name: raw[f.name] for f in fields(Config) if f.name in raw}
         elif family == "lds":
-            layout, values = read_family(raw["base_config_dict"], path)
+            _, values = read_family(raw["base_config_dict"], path)
             values |= {f"{stack}_layers": len(raw[f"{stack}_layer_indices"]) for stack in ("encoder", "decoder")}
-            layout = layout | dict(layer="{stack}.layers.{j}", names=layout["names"] | AUTHORS)
+            layout, values["base"] = AUTHORS[raw["base_config_dict"]["model_type"]], raw
         else:
             layout, values = read_family(raw, path)
+        config = Config(**dict(encoder_layers=0, decoder_layers=0) | values | overrides)
     except (json.JSONDecodeError, KeyError, TypeError) as e:
-        raise InputError(f"{path} is not a model's config ({e!r}): expected JSON with a model_type") from None
-    missing = [f.name for f in fields(Config) if f.default is MISSING and values.get(f.name) is None]
-    if missing:
-        raise InputError(f"{path} does not say {', '.join(missing)} of the {family} model: is the file intact?")
-    return layout, values, "gate" not in layout["names"] and raw.get("tie_word_embeddings", family == "gpt2")
+        raise InputError(f"{path} is not the config of a model we know ({e!r}): is the file intact?") from None
+    return layout, config, "gate" not in layout["names"] and raw.get("tie_word_embeddings", family == "gpt2")
 
 
-def read_family(raw, path):
+def read_family(base, path):
     """The config of an unlooped model → (layout, fields of Config)."""
-    family = raw["model_type"]
+    family = base["model_type"]
     if family not in FAMILIES:
         expected = f"expected one of {', '.join(FAMILIES)}, or a looped one: loopus, lds"
         raise InputError(f"{path}: model_type {family} is not supported; {expected}")
     layout = FAMILIES[family]
-    rope = dict(raw.get("rope_parameters") or raw.get("rope_scaling") or {})
+    rope = dict(base.get("rope_parameters") or base.get("rope_scaling") or {})
     rope["rope_type"] = rope.get("rope_type") or rope.get("type") or "default"
-    raw = raw | rope
-    window = raw.get("use_sliding_window", True) and raw.get("sliding_window") or math.inf
+    raw = base | rope
+    window = raw.get("use_sliding_window", True) and raw.get("sliding_window") or float("inf")
     if "sliding_attention" in (raw.get("layer_types") or ()) or window < raw.get("max_position_embeddings", 0):
         raise InputError(f"{path}: its sliding window is not supported; expected attention to all tokens before")
     for key, allowed in layout["only"].items():
         if raw.get(key, allowed[0]) not in allowed:
-            expected = " or ".join(map(str, allowed))
-            raise InputError(f"{path}: {key} {raw[key]} is not supported; expected {expected}")
+            raise InputError(f"{path}: {key} {raw[key]} is not supported; expected {' or '.join(map(str, allowed))}")
     values = {ours: key[0] if isinstance(key, tuple) else raw.get(key) for ours, key in layout["config"].items()}
     values = {ours: value for ours, value in values.items() if value is not None}
     width, heads = values.get("n_embd", 0), values.get("n_head", 1)
     usual = dict(n_kv_head=heads, head_dim=width // heads, n_inner=4 * width, rope_theta=10000.0)
-    return layout, usual | values | dict(rope_scaling=rope if rope["rope_type"] == "llama3" else None)
+    return layout, usual | values | dict(rope_scaling=rope if rope["rope_type"] == "llama3" else None, base=base)
 
 
-def hub_config(config, end_of_text):
-    """Our Config → (layout, config.json) of the unlooped model as the hub has it."""
-    c = config
-    family = "qwen3" if c.qk_norm else "qwen2" if c.qkv_bias and not c.out_bias else "llama"
-    family = "gpt2" if c.norm == "layer" else "phi3" if c.partial_rotary != 1 else family
-    of = FAMILIES[family]
-    raw = dict(model_type=family, architectures=[of["architecture"]], tie_word_embeddings=False, torch_dtype="float32")
-    raw |= {key: getattr(c, ours) for ours, key in of["config"].items() if isinstance(key, str)}
-    raw |= {key: allowed[0] for key, allowed in of["only"].items() if key != "rope_type"}
-    if c.rope_theta:
-        raw["rope_scaling"] = c.rope_scaling
-    return of, raw | dict(bos_token_id=end_of_text, eos_token_id=end_of_text)
+def written_config(config, format, dtype):
+    """Our Config → (layout, config.json) of a checkpoint in that format."""
+    if format == "loopus":
+        return OURS, dict(model_type="loopus") | asdict(config)
+    if not config.base:
+        raise InputError(f"format {format} needs the pretrained model's config.json: this model was made without one")
+    base = config.base.get("base_config_dict", config.base)
+    base = base | {"tie_word_embeddings": False, "dtype" if "dtype" in base else "torch_dtype": dtype}
+    if format == "hf":
+        return FAMILIES[base["model_type"]], base
+    if not config.rope_theta:
+        raise InputError("the authors' format has no place for learned positions: expected a model with rotary ones")
+    usual = dict(N=8, q_threshold=0.6, q_eval_interval=1, halting_strategy="threshold", convergence_epsilon=0.01)
+    written = usual | dict(vocab_size=config.vocab_size, hidden_size=config.n_embd)
+    written |= (config.base if "base_config_dict" in config.base else {}) | dict(
+        model_type="lds", base_config_dict=base
+    )
+    ends = [0, config.encoder_layers, config.n_layer - config.decoder_layers, config.n_layer]
+    for stack, first, end in zip(("encoder", "reasoning", "decoder"), ends, ends[1:]):
+        written[f"{stack}_layer_indices"] = list(range(first, end))
+    return AUTHORS[base["model_type"]], written
 
 
 def sources(model, layout):
@@ -176,28 +164,20 @@ def sources(model, layout):
         yield name, [f"{layer}{n}.{leaf}" for n in there.split()], transposed
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Checkpoints
+# ---- Checkpoints
 
 
 def load(src, device="cpu", dtype=torch.float32, **overrides):
-    """
-    → (model in eval mode, tokenizer or None) from `src`, a hub name or a directory. `overrides` are fields of Config,
-    such as encoder_layers=2. A checkpoint that was never cut gets the paper's cuts, or those of `choose_cuts`.
-    Raises InputError for what is missing, surplus, misshapen or unsupported.
-    """
+    """→ (model in eval mode, tokenizer or None) from `src`, a hub name or a directory; dtype None: as it is stored.
+    `overrides` are fields of Config, such as encoder_layers=2; −1 and "" count as not given. What was never cut gets
+    the paper's cuts, or those of `choose_cuts`. Raises InputError for what is missing, misshapen or unsupported."""
+    overrides = {name: value for name, value in overrides.items() if value not in (-1, "")}
     directory = resolve(src)
-    layout, values, tied = read_config(directory / "config.json")
-    unknown = set(overrides) - {f.name for f in fields(Config)}
-    if unknown:
-        raise InputError(
-            f"{', '.join(unknown)} is no field of Config: expected {', '.join(f.name for f in fields(Config))}"
-        )
-    tokenizer = load_tokenizer(directory) if (directory / "tokenizer.json").exists() else None
-    if tokenizer and tokenizer.n_vocab > values["vocab_size"]:
-        found = f"{tokenizer.n_vocab} tokens, the model embeds {values['vocab_size']}"
-        raise InputError(f"{directory / 'tokenizer.json'} has {found}: they do not belong together")
-    config = Config(**dict(encoder_layers=0, decoder_layers=0) | values | overrides)
+    layout, config, tied = read_config(directory / "config.json", overrides)
+    tokenizer = load_tokenizer(directory)
+    if tokenizer and tokenizer.n_vocab > config.vocab_size:
+        found = f"its tokenizer has {tokenizer.n_vocab} tokens, its model embeds {config.vocab_size}"
+        raise InputError(f"{directory}: {found}: they do not belong together")
     model = read_model(directory, layout, config, tied, device, dtype).eval()
     if "gate" not in layout["names"] and not {"encoder_layers", "decoder_layers"} <= set(overrides):
         cuts = PAPER_CUTS.get((config.n_layer, config.n_embd))
@@ -210,26 +190,27 @@ def read_model(directory, layout, config, tied, device, dtype):
     """The model of `config` with the weights of the directory, each tensor copied from the mapped file once."""
     with torch.device("meta"):
         model = LoopUS(config)
-    tensors, state, used, problems = open_tensors(directory), {}, set(), []
+    files, state, used, problems = tensor_files(directory), {}, set(), []
     for name, there, transposed in sources(model, layout):
         there = [bare(n) for n in there]
         used.update(there)
         if tied and name == "lm_head.weight":
             there = [bare(layout["names"]["wte"]) + ".weight"]
         shape = model.get_parameter(name).shape
-        missing = [n for n in there if n not in tensors]
-        parts = [tensors[n]().T if transposed else tensors[n]() for n in there if n in tensors]
-        rows = [len(p) for p in parts]
+        missing = [n for n in there if n not in files]
+        parts = [files[n]().T if transposed else files[n]() for n in there if n in files]
+        rows = [len(part) for part in parts]
         if missing:
             problems.append(f"{' and '.join(missing)} missing")
-        elif any((sum(rows), *p.shape[1:]) != shape for p in parts):
-            found = " + ".join(str(list(p.shape)) for p in parts)
+        elif any((sum(rows), *part.shape[1:]) != shape for part in parts):
+            found = " + ".join(str(list(part.shape)) for part in parts)
             problems.append(f"{' + '.join(there)} shaped {found} instead of {list(shape)}")
         else:
+            dtype = dtype or parts[0].dtype
             state[name] = torch.empty(shape, device=device, dtype=dtype)
             for target, part in zip(state[name].split(rows), parts):
                 target.copy_(part)
-    problems += [f"{n} unknown" for n in sorted(set(tensors) - used)]
+    problems += [f"{n} unknown" for n in sorted(set(files) - used)]
     if problems:
         more = f" (and {len(problems) - 3} more)" if len(problems) > 3 else ""
         raise InputError(f"the weights in {directory} disagree with its config.json: {'; '.join(problems[:3])}{more}")
@@ -247,46 +228,44 @@ def bare(name):
     return name.removeprefix("transformer.").removeprefix("model.")
 
 
-def open_tensors(directory):
-    """{bare name: function that maps the tensor from its file} over all safetensors files of a checkpoint."""
-    index, shards = directory / "model.safetensors.index.json", ["model.safetensors"]
-    if index.exists() and not (directory / shards[0]).exists():
-        shards = shard_names(index)
-    tensors = {}
-    for path in (directory / shard for shard in shards):
+def shards(directory):
+    """The weight files of a checkpoint; they lie beside the index, whatever it says."""
+    index, whole = directory / "model.safetensors.index.json", directory / "model.safetensors"
+    if whole.exists() or not index.exists():
+        return [whole]
+    return sorted({directory / Path(name).name for name in json.loads(index.read_text())["weight_map"].values()})
+
+
+def tensor_files(directory):
+    """{bare name: function that maps the tensor} over all safetensors files of a checkpoint."""
+    found = {}
+    for path in shards(directory):
         if not path.exists():
-            raise InputError(f"{path} is missing: expected weights as safetensors (pickled .bin files are not read)")
+            raise InputError(
+                f"{path} is missing: expected safetensors (pickled .bin files can run code, and are not read)"
+            )
         try:
-            file = safe_open(path, "pt")
+            with safe_open(path, "pt") as file:
+                names = [name for name in file.keys() if not name.endswith(HARMLESS)]
         except SafetensorError as e:
             raise InputError(f"{path} is damaged ({e}): fetch or write it again") from None
-        for name in file.keys():
-            if not name.endswith(HARMLESS):
-                tensors[bare(name)] = lambda file=file, name=name: file.get_tensor(name)
-    return tensors
+        # each tensor through an opening of its own: then no page of the file stays in memory
+        found |= {bare(name): partial(lambda p, n: safe_open(p, "pt").get_tensor(n), path, name) for name in names}
+    return found
 
 
-def shard_names(index):
-    """The files that a model.safetensors.index.json speaks of; they lie beside it, whatever it says."""
-    return sorted({Path(name).name for name in json.loads(index.read_text())["weight_map"].values()})
-
-
-def save(model, tokenizer, out_dir, hub_layout=False):
+def save(model, tokenizer, out_dir, format="loopus"):
     """`write` to out_dir, put in place when it is whole: a failure leaves what was there intact."""
     with replaced(out_dir) as new:
-        write(model, tokenizer, new, hub_layout)
+        write(model, tokenizer, new, format)
 
 
-def write(model, tokenizer, directory, hub_layout=False):
-    """
-    Write config.json, model.safetensors and tokenizer.json into a directory, as a LoopUS checkpoint or, with
-    hub_layout, as the plain unlooped model that other tools load too.
-    """
+def write(model, tokenizer, directory, format="loopus"):
+    """Write config.json, model.safetensors and tokenizer.json into a directory. format "loopus": ours; "hf": encoder,
+    loop and decoder put back as one unlooped model, as on the hub; "authors": for the LoopUS authors' code."""
     c = model.config
-    layout, config = OURS, dict(model_type="loopus") | asdict(c)
-    if hub_layout:
-        layout, config = hub_config(c, tokenizer.end_of_text if tokenizer else None)
-    qkv = [c.n_head * c.head_dim, c.n_kv_head * c.head_dim, c.n_kv_head * c.head_dim]
+    layout, config = written_config(c, format, str(model.wte.weight.dtype).removeprefix("torch."))
+    qkv = [n * c.head_dim for n in (c.n_head, c.n_kv_head, c.n_kv_head)]
     tensors = {}
     for name, there, transposed in sources(model, layout):
         whole = model.get_parameter(name).detach()
@@ -318,13 +297,14 @@ def replaced(out_dir):
         shutil.rmtree(new, ignore_errors=True)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The hub
+# ---- The hub
 
 
 def cache_dir():
     """Where downloads and tokenised texts are kept: LOOPUS_CACHE, or loopus in the user's cache directory."""
-    return Path(os.environ.get("LOOPUS_CACHE") or Path.home() / ".cache" / "loopus")
+    path = Path(os.environ.get("LOOPUS_CACHE") or Path.home() / ".cache" / "loopus")
+    path.mkdir(parents=True, exist_ok=True)
+    return path
 
 
 def resolve(src):
@@ -337,49 +317,70 @@ def resolve(src):
     if path.exists():
         raise InputError(f"{src} holds no config.json: expected a directory with a checkpoint, or a name on the hub")
     name, _, revision = str(src).partition("@")
-    if name in GPT2_ALIASES:
-        name = f"openai-community/{name}"
+    name = re.sub(r"^gpt2(-medium|-large|-xl)?$", r"openai-community/\g<0>", name)
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
         raise InputError(f"{src} is no directory here and no name on the hub: expected owner/name, gpt2 or a directory")
     return download(name, revision or "main")
 
 
 def download(name, revision):
-    """Fetch a model from the hub (HF_ENDPOINT, HF_TOKEN) into the cache, once → its directory."""
+    """→ the directory of a model on the hub (HF_ENDPOINT, HF_TOKEN): where the hub's own tools have put it before
+    (below HF_HOME), or in our cache, fetched once, the weights last."""
+    home = os.environ.get("HF_HOME") or Path.home() / ".cache" / "huggingface"
+    theirs = Path(os.environ.get("HF_HUB_CACHE") or Path(home, "hub"), f"models--{name.replace('/', '--')}")
+    ref = theirs / "refs" / revision
+    theirs = theirs / "snapshots" / (ref.read_text().strip() if ref.exists() else revision)
     directory = cache_dir() / "hub" / f"{name}@{revision}".replace("/", "--")
+    for kept in (theirs, directory):
+        if (kept / "config.json").exists() and all(shard.exists() for shard in shards(kept)):
+            return kept
     url = f"{os.environ.get('HF_ENDPOINT') or 'https://huggingface.co'}/{name}/resolve/{revision}/"
-    if (directory / "complete").exists():
-        return directory
     directory.mkdir(parents=True, exist_ok=True)
     fetch(url, "config.json", directory)
-    fetch(url, "tokenizer.json", directory, optional=True)
+    if not fetch(url, "tokenizer.json", directory, optional=True):
+        for file in ("vocab.json", "merges.txt", "added_tokens.json", "tokenizer_config.json"):
+            fetch(url, file, directory, optional=True)
     if not fetch(url, "model.safetensors", directory, optional=True):
-        index = "model.safetensors.index.json"
-        if not fetch(url, index, directory, optional=True):
+        if not fetch(url, "model.safetensors.index.json", directory, optional=True):
             raise InputError(f"{name}@{revision} has no safetensors on the hub: pickled weights are not read")
-        for shard in shard_names(directory / index):
-            fetch(url, shard, directory)
-    (directory / "complete").touch()
+        for shard in shards(directory):
+            fetch(url, shard.name, directory)
     return directory
 
 
+class Redirects(urllib.request.HTTPRedirectHandler):
+    """Follows the hub to where a file lies, and keeps what it stated of the file before that."""
+
+    stated = {}
+
+    def redirect_request(self, request, answer, code, message, headers, url):
+        self.stated = self.stated | {key.lower(): value for key, value in headers.items()}
+        new = super().redirect_request(request, answer, code, message, headers, url)
+        if (new.type, new.host) == (request.type, request.host):  # the token is for the hub alone
+            new.unredirected_hdrs |= request.unredirected_hdrs
+        return new
+
+
 def fetch(url, name, directory, optional=False):
-    """Download url + name, going on where a try broke off. → False if it is optional and not there."""
-    part = directory / f"{name}.part"
-    if (directory / name).exists():
+    """Download url + name, going on where a try broke off, and check it against the size and SHA-256 that the hub
+    states. → False if it is optional and not there."""
+    target, part, redirects = directory / name, directory / f"{name}.part", Redirects()
+    if target.exists():
         return True
     have = part.stat().st_size if part.exists() else 0
     request = urllib.request.Request(url + name, headers={"Range": f"bytes={have}-"} if have else {})
     if token := os.environ.get("HF_TOKEN"):
         request.add_unredirected_header("Authorization", f"Bearer {token}")
     try:
-        with urllib.request.urlopen(request, timeout=30) as answer:
+        with urllib.request.build_opener(redirects).open(request, timeout=30) as answer:
             have = have if answer.status == 206 else 0  # 206: the rest is coming; else all of it
-            total = have + int(answer.headers.get("Content-Length") or 0)
+            stated = {key.lower(): value for key, value in answer.headers.items()} | redirects.stated
+            size = int(stated.get("x-linked-size") or have + int(answer.headers["Content-Length"] or 0))
+            sha256 = stated.get("x-linked-etag", "").strip('"')
             with open(part, "ab" if have else "wb") as out:
                 while block := answer.read(1 << 20):
                     have += out.write(block)
-                    progress(f"fetching {name}", have, total)
+                    progress(f"fetching {name}", have, size)
     except urllib.error.HTTPError as e:
         if e.code == 404 and optional:
             return False
@@ -389,120 +390,198 @@ def fetch(url, name, directory, optional=False):
         raise InputError(f"the hub answered {e.code} for {url}{name}: {hint}") from None
     except (OSError, http.client.HTTPException) as e:
         raise InputError(f"cannot fetch {url}{name} ({e}): go online and run it again, or give a directory") from None
-    if total and have != total:
-        raise InputError(f"{url}{name} broke off after {have} of {total} bytes: run it again to go on from there")
-    part.replace(directory / name)
+    if have < size:
+        raise InputError(f"{url}{name} broke off after {have} of {size} bytes: run it again to go on from there")
+    with open(part, "rb") as file:
+        same = len(sha256) != 64 or hashlib.file_digest(file, "sha256").hexdigest() == sha256
+    if have > size > 0 or not same:
+        part.unlink()
+        raise InputError(f"{url}{name} is not what the hub states ({size} bytes, SHA-256 {sha256}): run it again")
+    part.replace(target)
     return True
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Tokenizers
+# ---- Tokenizers
 
 GPT2_SPLIT = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 # The same after every digit has been set apart: a run of spaces then also ends, whole, before a digit.
 DIGITS_SPLIT = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+|\s+(?![^\s\p{N}])|\s+"
+SPACE = "▁"  # what sentencepiece writes for a space
+WORDS, WHOLE = r" +[^ ]*|[^ ]+", r"[\s\S]+"  # sentencepiece: text as words, or where tokens join words as a whole
+PREPEND = [dict(type="Prepend", prepend=SPACE), dict(type="Replace", pattern=dict(String=" "), content=SPACE)]
+PREPEND = dict(type="Sequence", normalizers=PREPEND)
+# Byte-level BPE writes bytes as printable characters: the visible ones of Latin-1 as they are.
+VISIBLE = [*range(33, 127), *range(161, 173), *range(174, 256)]
+HIDDEN = [b for b in range(256) if b not in VISIBLE]
+ALPHABET = {b: chr(b) for b in VISIBLE} | {b: chr(256 + i) for i, b in enumerate(HIDDEN)}
 
 
-def byte_alphabet():
-    """Byte-level BPE writes bytes as printable characters: {byte: character}, visible Latin-1 as itself."""
-    visible = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    rest = [b for b in range(256) if b not in visible]
-    return {b: chr(b) for b in visible} | {b: chr(256 + i) for i, b in enumerate(rest)}
+def byte_level(model):
+    """→ {bytes: its ids} in the order of merging; a byte that the vocabulary lacks has none, and vanishes."""
+    byte_of = {character: b for b, character in ALPHABET.items()}
+    tokens = [*byte_of, *merged(model), *(model["vocab"] if model.get("ignore_merges") else ())]
+    ids = {token: (model["vocab"][token],) if token in model["vocab"] else () for token in tokens}
+    return {bytes(byte_of[c] for c in token): i for token, i in ids.items() if not set(token) - set(byte_of)}
+
+
+def sentencepiece(model):
+    """The same for BPE over characters, where bytes stand in for those that the vocabulary lacks. tiktoken begins with
+    bytes: it first puts each character of the vocabulary together, and what is left of another falls apart again."""
+    vocab = model["vocab"]
+    ids = {bytes([b]): (vocab[f"<0x{b:02X}>"],) for b in range(256)}
+    for character in (token for token in vocab if len(token) == 1):
+        data = character.replace(SPACE, " ").encode()
+        for n in range(2, len(data)):
+            ids[data[:n]] = tuple(vocab[f"<0x{b:02X}>"] for b in data[:n])
+        ids[data] = (vocab[character],)
+    for token in merged(model):
+        ids.setdefault(token.replace(SPACE, " ").encode(), (vocab[token],))
+    return ids
+
+
+def merged(model):
+    """The tokens that merges make, in their order; a merge is "a b" or, in newer files, ["a", "b"]."""
+    return ["".join(m.split(" ") if isinstance(m, str) else m) for m in model["merges"]]
 
 
 class Tokenizer:
-    """
-    tiktoken's byte-pair encoding with the ids of a tokenizer.json: `encode(text)` → ids, `decode(ids)` → text.
-    tiktoken takes the order of merges for ids; real vocabularies do not always, so `ids` maps its numbers to theirs.
-    """
+    """tiktoken's byte-pair encoding with the ids of a tokenizer.json: `encode(text)` → ids, `decode(ids)` → text.
+    tiktoken numbers tokens in the order of their merges; real vocabularies do not always: `ids` has their numbers."""
 
     def __init__(self, spec, where="tokenizer.json"):
-        self.spec, model = spec, spec["model"]
-        split, self.nfc = split_pattern(spec, where)
-        alphabet = byte_alphabet()
-        byte_of = {character: b for b, character in alphabet.items()}
-        merges = ["".join(m.split(" ") if isinstance(m, str) else m) for m in model["merges"]]
-        ranks, ids = {}, []
-        for token in dict.fromkeys([*alphabet.values(), *merges]):
-            ranks[bytes(byte_of[character] for character in token)] = len(ids)
-            ids.append(model["vocab"].get(token, -1))  # −1: a byte that the vocabulary lacks vanishes
-        added = {t["content"]: t["id"] for t in spec.get("added_tokens") or []}
-        special = {content: len(ids) + i for i, content in enumerate(added)}
-        self.encoding = tiktoken.Encoding("loopus", pat_str=split, mergeable_ranks=ranks, special_tokens=special)
-        self.ids = np.array([*ids, *added.values()])
-        self.n_vocab = int(self.ids.max()) + 1
+        self.spec, vocab = spec, spec["model"]["vocab"]
+        split, self.nfc, self.prefix = text_style(spec, where)
+        ids_of = sentencepiece(spec["model"]) if self.prefix else byte_level(spec["model"])
+        self.ids = list(ids_of.values())
+        ranks = {data: rank for rank, data in enumerate(ids_of)}
+        self.encoding = tiktoken.Encoding("loopus", pat_str=split, mergeable_ranks=ranks, special_tokens={})
+        # where a long text may be cut, since no token reaches across
+        self.border = re.compile({WORDS: r"(?<=[^ ])(?= )", WHOLE: r"(?!)"}.get(split, r"(?<=\S\n)(?=\w)"))
+        added = sorted(spec.get("added_tokens") or [], key=lambda t: -len(t["content"]))
+        self.added = {t["content"]: t["id"] for t in added}
+        space = {True: r"\s*"}  # which an added token takes with it
+        found = [space.get(t["lstrip"], "") + re.escape(t["content"]) + space.get(t["rstrip"], "") for t in added]
+        self.is_added = re.compile(f"({'|'.join(found)})" if added else "(?!)")
+        self.n_vocab = 1 + max([*vocab.values(), *self.added.values()])
         self.bytes_of = [b""] * self.n_vocab
-        for token, i in (*zip(ranks, ids), *((content.encode(), i) for content, i in added.items())):
-            if i >= 0:
-                self.bytes_of[i] = token
+        fallback = {bytes([b]): (vocab[f"<0x{b:02X}>"],) for b in range(256) if self.prefix}
+        whole = {content.encode(): (i,) for content, i in self.added.items()}
+        for data, ids in (*fallback.items(), *ids_of.items(), *whole.items()):
+            if len(ids) == 1:
+                self.bytes_of[ids[0]] = data
+        after = spec.get("post_processor") or {}
+        steps = (step for step in after.get("processors", [after]) if step.get("type") == "TemplateProcessing")
+        template = next(steps, dict(single=[]))
+        before = takewhile(lambda item: "SpecialToken" in item, template["single"])
+        names = (item["SpecialToken"]["id"] for item in before)
+        self.begin = [i for name in names for i in template["special_tokens"][name]["ids"]]  # such as <s>
         ends = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<|im_end|>")
-        self.end_of_text = next((added[name] for name in ends if name in added), None)
+        self.end_of_text = next((self.added[name] for name in ends if name in self.added), None)
 
-    def encode(self, text):
-        text = unicodedata.normalize("NFC", text) if self.nfc else text
-        ids = self.ids[self.encoding.encode_to_numpy(text, allowed_special="all")]
-        return ids[ids >= 0].tolist()
+    def encode(self, text, goes_on=False):
+        """Text → ids. goes_on: it is the rest of a text that was cut at a `border`."""
+        ids = []
+        for i, part in enumerate(self.is_added.split(text)):
+            if i % 2:
+                ids.append(self.added[part if part in self.added else part.strip()])
+                continue
+            part = unicodedata.normalize("NFC", part) if self.nfc else part
+            if self.prefix and part:
+                part = part.replace(SPACE, " ")
+                spaced = self.prefix == "never" or part[0] == " " and self.prefix != "each"
+                if not spaced and (i > 0 and self.prefix != "first" or i == 0 and not goes_on):
+                    part = " " + part
+            ids += [i for rank in self.encoding.encode_ordinary(part) for i in self.ids[rank]]
+        return ids
 
     def decode_bytes(self, ids):
         return b"".join(self.bytes_of[i] for i in ids)
 
     def decode(self, ids):
-        return self.decode_bytes(ids).decode("utf-8", errors="replace")
+        text = self.decode_bytes(ids).decode("utf-8", errors="replace")
+        return text.removeprefix(" ") if self.prefix else text
 
 
-def split_pattern(spec, where):
-    """→ (the regular expression that cuts text before BPE, is the text brought to Unicode's NFC before)."""
-    normalizer, splitter = spec.get("normalizer"), spec.get("pre_tokenizer") or dict(type="none")
+def text_style(spec, where):
+    """→ (regular expression that cuts text before BPE, is the text brought to Unicode's NFC before, which parts of it
+    sentencepiece puts a space before: each, always (unless there is one), first, never; byte-level BPE: "")."""
+    normalizer, splitter, model = spec.get("normalizer"), spec.get("pre_tokenizer") or dict(type="none"), spec["model"]
     steps = splitter["pretokenizers"] if splitter["type"] == "Sequence" else [splitter]
     kinds = [step["type"] for step in steps]
     nfc = normalizer == {"type": "NFC"}
     plain = steps[-1].get("use_regex", True) and not steps[-1].get("add_prefix_space")
-    if spec["model"].get("type", "BPE") == "BPE" and (nfc or normalizer is None):
+    bpe = model.get("type", "BPE") == "BPE"
+    if bpe and model.get("byte_fallback"):
+        split = WHOLE if any(re.search(f"[^{SPACE}]{SPACE}", token) for token in merged(model)) else WORDS
+        if kinds == ["none"] and normalizer == PREPEND:
+            return split, False, "each"
+        if kinds == ["Metaspace"] and normalizer is None and steps[0].get("split") is False:
+            return split, False, steps[0].get("prepend_scheme", "always")
+    elif bpe and (nfc or normalizer is None):
         if kinds == ["ByteLevel"] and plain:
-            return GPT2_SPLIT, nfc
+            return GPT2_SPLIT, nfc, ""
         if kinds == ["Digits", "ByteLevel"] and steps[0].get("individual_digits") and plain:
-            return DIGITS_SPLIT, nfc
+            return DIGITS_SPLIT, nfc, ""
         if kinds == ["Split", "ByteLevel"] and steps[0]["behavior"] == "Isolated" and "Regex" in steps[0]["pattern"]:
-            return steps[0]["pattern"]["Regex"], nfc
-    found = f"{spec['model'].get('type')} after {normalizer and normalizer['type']} and {' + '.join(kinds)}"
-    raise InputError(f"{where}: {found} is not supported; expected byte-level BPE as GPT-2, SmolLM2 or Qwen have it")
+            return steps[0]["pattern"]["Regex"], nfc, ""
+    found = f"{model.get('type')} after {normalizer and normalizer['type']} and {' + '.join(kinds)}"
+    raise InputError(f"{where}: {found} is not supported; expected BPE as GPT-2, SmolLM2, Llama or Qwen have it")
+
+
+def byte_level_spec(vocab, merges, added):
+    """What GPT-2's tokenizer.json says of byte-level BPE; added: {content: id} of its special tokens."""
+    flags = dict(special=True, normalized=False, single_word=False, lstrip=False, rstrip=False)
+    added = [dict(id=i, content=content) | flags for content, i in added.items()]
+    level = dict(type="ByteLevel", add_prefix_space=False, trim_offsets=True, use_regex=True)
+    model = dict(type="BPE", vocab=vocab, merges=merges)
+    return dict(version="1.0", added_tokens=added, normalizer=None, pre_tokenizer=level, decoder=level, model=model)
 
 
 def byte_tokenizer():
     """One token per byte, id = byte, and <|endoftext|> as 256: for models that are trained from nothing."""
-    end = dict(id=256, content="<|endoftext|>", special=True, normalized=False, single_word=False)
-    level = dict(type="ByteLevel", add_prefix_space=False, trim_offsets=True, use_regex=True)
-    bpe = dict(type="BPE", vocab={character: b for b, character in byte_alphabet().items()}, merges=[])
-    added = [end | dict(lstrip=False, rstrip=False)]
-    return Tokenizer(dict(version="1.0", added_tokens=added, pre_tokenizer=level, decoder=level, model=bpe))
+    vocab = {character: b for b, character in ALPHABET.items()}
+    return Tokenizer(byte_level_spec(vocab, [], {"<|endoftext|>": 256}))
 
 
 def load_tokenizer(src):
-    """The tokenizer of a hub name or directory, from its tokenizer.json."""
-    path = resolve(src) / "tokenizer.json"
+    """The tokenizer of a hub name or directory: its tokenizer.json, or vocab.json and merges.txt; None without."""
+    directory = resolve(src)
+    path = directory / ("tokenizer.json" if (directory / "tokenizer.json").exists() else "vocab.json")
+    if not path.exists():
+        return None
     try:
-        return Tokenizer(json.loads(path.read_text(encoding="utf-8")), path)
+        spec = json.loads(path.read_text(encoding="utf-8"))
+        return Tokenizer(spec if path.name == "tokenizer.json" else older_spec(spec, directory), path)
     except (json.JSONDecodeError, KeyError, TypeError) as e:
         raise InputError(f"{path} is no tokenizer that can be read ({e!r}): fetch it again") from None
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Text
+def older_spec(vocab, directory):
+    """What GPT-2's tokenizer.json would say, from its older files."""
+    merges = (directory / "merges.txt").read_text(encoding="utf-8").split("\n")
+    more, config = directory / "added_tokens.json", directory / "tokenizer_config.json"
+    kind = json.loads(config.read_text(encoding="utf-8")).get("tokenizer_class") if config.exists() else None
+    if kind not in (None, "GPT2Tokenizer", "GPT2TokenizerFast"):
+        raise InputError(f"{directory}: its vocab.json does not say how {kind} cuts text: fetch its tokenizer.json")
+    added = {token: i for token, i in vocab.items() if token == "<|endoftext|>"}
+    added |= json.loads(more.read_text(encoding="utf-8")) if more.exists() else {}
+    return byte_level_spec(vocab, [line for line in merges if line and not line.startswith("#version")], added)
+
+
+# ---- Text
 
 
 def find_files(data):
     """A file, a directory (all its files), a glob, or "python": the source of its standard library → sorted paths."""
     if data == "python":
-        library, skip = Path(sysconfig.get_paths()["stdlib"]), {"site-packages", "test", "tests", "idle_test"}
-        found = [f for f in library.rglob("*.py") if not skip & set(f.relative_to(library).parts)]
-    elif Path(data).is_dir():
-        found = Path(data).rglob("*")
-    else:
-        found = [Path(data)] if Path(data).exists() else map(Path, glob.glob(data, recursive=True))
+        data = f"{sysconfig.get_paths()['stdlib']}/*.py"
+    pattern = f"{data}/**" if Path(data).is_dir() else data
+    found = [Path(data)] if Path(data).is_file() else map(Path, glob.glob(pattern, recursive=True))
     found = sorted(f for f in found if f.is_file() and not f.name.startswith("."))
     if not any(f.stat().st_size for f in found):
-        state = "is empty" if found else "matches no file"
-        raise InputError(f"{data} {state}: expected a text file, a directory, a glob, or .bin token files")
+        raise InputError(
+            f"{data} {'is empty' if found else 'matches no file'}: expected text, a directory, a glob or .bin"
+        )
     return found
 
 
@@ -514,18 +593,17 @@ def load_data(data, val, tokenizer):
     if len(files) >= 20:
         return load_tokens(sorted(set(files) - set(files[::20])), tokenizer), load_tokens(files[::20], tokenizer)
     tokens = load_tokens(files, tokenizer)
-    border = len(tokens) - len(tokens) // 20
-    return tokens[:border], tokens[border:]
+    return np.split(tokens, [len(tokens) - len(tokens) // 20])
 
 
 def load_tokens(files, tokenizer):
-    """
-    Text or .bin files → one memory-mapped array of token ids. Texts are tokenised once, each closed by end-of-text,
-    and kept in the cache, as uint16 or, for large vocabularies, uint32. Raises InputError for anything else.
-    """
-    small = np.uint16 if tokenizer.n_vocab <= 1 << 16 else np.uint32
+    """Text or .bin files → one memory-mapped array of token ids. Texts are tokenised once, each closed by end-of-text,
+    and kept in the cache, as uint16 or, for large vocabularies, uint32. Raises InputError for anything else."""
+    if tokenizer is None:
+        raise InputError("the model has no tokenizer.json: text cannot be read or written without one")
+    dtype = np.uint16 if tokenizer.n_vocab <= 1 << 16 else np.uint32
     if [f.suffix for f in files] == [".bin"]:
-        return map_tokens(files[0], small, tokenizer)
+        return map_tokens(files[0], dtype, tokenizer)
     stamp = hashlib.sha256(json.dumps(tokenizer.spec, sort_keys=True).encode())
     for f in files:
         stamp.update(f"{f.resolve()} {f.stat().st_size} {f.stat().st_mtime_ns}\n".encode())
@@ -538,38 +616,38 @@ def load_tokens(files, tokenizer):
             with open(part, "wb") as out:
                 for f in files:
                     if f.suffix == ".bin":
-                        map_tokens(f, small, tokenizer).astype(small).tofile(out)
+                        map_tokens(f, dtype, tokenizer).astype(dtype).tofile(out)
                         continue
-                    for piece in pieces(f):
-                        np.array(tokenizer.encode(piece), dtype=small).tofile(out)
+                    np.array(tokenizer.begin, dtype=dtype).tofile(out)
+                    for goes_on, piece in enumerate(pieces(f, tokenizer.border)):
+                        np.array(tokenizer.encode(piece, goes_on > 0), dtype=dtype).tofile(out)
                         done += len(piece.encode())
                         progress("tokenising", done, total)
-                    np.array(end, dtype=small).tofile(out)
+                    np.array(end, dtype=dtype).tofile(out)
             part.replace(path)
         finally:
             part.unlink(missing_ok=True)
-    return np.memmap(path, dtype=small, mode="r")
+    return np.memmap(path, dtype=dtype, mode="r")
 
 
-def map_tokens(path, small, tokenizer):
+def map_tokens(path, dtype, tokenizer):
     """Map a .bin file of uint16 or uint32 ids, and make sure that they are this tokenizer's."""
     head = np.fromfile(path, dtype=np.uint16, count=4096)
-    wide = small == np.uint32 or (len(head) > 1 and not head[1::2].any())  # ids under 65,536 as uint32: half are zeros
-    if path.stat().st_size % (4 if wide else 2):
-        raise InputError(f"{path} has {path.stat().st_size} bytes: expected whole uint{32 if wide else 16} tokens")
-    tokens = np.memmap(path, dtype=np.uint32 if wide else np.uint16, mode="r")
+    dtype = np.uint32 if len(head) > 1 and not head[1::2].any() else dtype  # small ids as uint32: half are zeros
+    if path.stat().st_size % dtype().itemsize:
+        raise InputError(f"{path} has {path.stat().st_size} bytes: expected whole {dtype.__name__} tokens")
+    tokens = np.memmap(path, dtype, mode="r")
     if (largest := int(tokens.max())) >= tokenizer.n_vocab:
         raise InputError(f"{path} holds token {largest}, the tokenizer has {tokenizer.n_vocab}: for another model?")
     return tokens
 
 
-def pieces(path, size=1 << 20):
-    """A text file in pieces of about `size` characters, cut between lines, where no tokenizer joins them."""
+def pieces(path, border, size=1 << 20):
+    """A text file in pieces of about `size` characters, each of which begins at a `border` of the tokenizer."""
     try:
         text, start = path.read_text(encoding="utf-8"), 0
     except UnicodeDecodeError as e:
         raise InputError(f"{path} is not UTF-8 text (byte {e.start}): give text, or tokens as .bin") from None
-    border = re.compile(r"(?<=\S\n)(?=\w)")
     while start < len(text):
         match = border.search(text, start + size)
         end = match.start() if match else len(text)
@@ -577,8 +655,7 @@ def pieces(path, size=1 << 20):
         start = end
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Where to cut, §3.1 and Fig. 1
+# ---- Where to cut, §3.1 and Fig. 1
 
 
 def sample_text(model, tokenizer):
@@ -600,11 +677,9 @@ def layer_distances(model, idx):
 
 
 def choose_cuts(distances):
-    """
-    The rule: the reasoning block is the plateau, the longest run of layers that each change the state less than twice
-    what the median layer does; never the first and the last layer, as in all of the paper's cuts.
-    → layers before it (encoder), layers after it (decoder).
-    """
+    """The rule: the reasoning block is the plateau, the longest run of layers that each change the state less than
+    twice what the median layer does; never the first and the last layer, as in all of the paper's cuts. → layers before
+    it (encoder), layers after it (decoder)."""
     last = len(distances) - 1
     loud = torch.nonzero(distances >= 2 * distances.median()).flatten().tolist()
     borders = sorted({0, last, *loud})
@@ -620,13 +695,12 @@ def cut(model, encoder, decoder):
     model.encoder, model.reasoning, model.decoder = (torch.nn.ModuleList(stack) for stack in stacks)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The command line, the same for all programs
+# ---- The command line, the same for all programs
 
 
-def flag(default, help, least=None):
-    """A setting, its help text and the least value it may have: the fields of a dataclass become flags in `parse`."""
-    return field(default=default, metadata={"help": help, "least": least})
+def flag(default, help, least=None, choices=None):
+    """A setting, its help text and the values it may have: the fields of a dataclass become flags in `parse`."""
+    return field(default=default, metadata={"help": help, "least": least, "choices": choices})
 
 
 def parse(settings, *positional):
@@ -640,7 +714,8 @@ def parse(settings, *positional):
         elif f.type is bool:
             parser.add_argument(f"--{f.name}", help=text, action=BooleanOptionalAction)
         else:
-            parser.add_argument(f"--{f.name}", help=text, type=f.type, metavar=f.type.__name__.upper())
+            kind = dict(type=f.type, metavar=f.type.__name__.upper(), choices=f.metadata["choices"])
+            parser.add_argument(f"--{f.name}", help=text, **kind)
     given = vars(parser.parse_args())
     for f in fields(settings):
         least = f.metadata["least"]
@@ -659,29 +734,21 @@ def run(main):
         sys.exit(f"error: {' '.join(str(e).split())}")
     except KeyboardInterrupt:
         sys.exit("\ninterrupted")
+    except EOFError:  # Ctrl-D at a prompt
+        print()
 
 
 def pick_device(name, dtype):
-    """→ (torch device, dtype) of --device and --dtype; by itself bf16 where the device is good at it."""
-    if not name:
-        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    """→ device, dtype and autocast() of --device and --dtype; by itself bf16 where the device is good at it."""
+    name = name or ("cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu")
     try:
-        device = torch.device(name)
-        torch.empty(0, device=device)
+        device = torch.empty(0, device=name).device
     except (RuntimeError, AssertionError):
         raise InputError(f"--device={name} is not to be had here: expected cpu, cuda or mps") from None
-    if not dtype:
-        native = {"cuda": torch.cuda.is_bf16_supported, "cpu": getattr(torch.cpu, "_is_avx512_bf16_supported", bool)}
-        dtype = "bf16" if native.get(device.type, bool)() else "fp32"
-    if dtype not in ("bf16", "fp32"):
-        raise InputError(f"--dtype={dtype} is not known: expected bf16 or fp32")
-    return device, torch.bfloat16 if dtype == "bf16" else torch.float32
-
-
-def remember(directory):
-    """Note the checkpoint that was written last, for `last_model`."""
-    cache_dir().mkdir(parents=True, exist_ok=True)
-    (cache_dir() / "last").write_text(str(Path(directory).resolve()))
+    native = {"cuda": torch.cuda.is_bf16_supported, "cpu": getattr(torch.cpu, "_is_avx512_bf16_supported", bool)}
+    bf16 = dtype == "bf16" or not dtype and native.get(device.type, bool)()
+    dtype = torch.bfloat16 if bf16 else torch.float32
+    return device, dtype, partial(torch.autocast, device.type, dtype, enabled=bf16)
 
 
 def last_model():
@@ -699,20 +766,21 @@ def progress(what, done, total):
         print("\r" + (line if done < total else " " * len(line) + "\r"), end="", flush=True, file=sys.stderr)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-
-
 @dataclass
 class Settings:
     """Write a pretrained model as a LoopUS checkpoint, or show where --profile would cut it."""
 
     src: str = flag("", "hub name or directory of the model")
     out: str = flag("", "directory to write")
+    format: str = flag(
+        "loopus", "hf: unlooped, for other tools; authors: for theirs", None, ("loopus", "hf", "authors")
+    )
+    dtype: str = flag("", "of the weights to write; empty: as they are stored", None, ("fp32", "bf16", "fp16"))
     profile: bool = flag(False, "show how much each layer changes the state, the cuts, and the untrained losses")
     data: str = flag("", "text to profile on; empty: a page about LoopUS")
     encoder_layers: int = flag(-1, "layers before the loop; -1: the paper's cut, or by the profile")
     decoder_layers: int = flag(-1, "layers after the loop; -1: likewise")
-    gate_start: str = flag("0.5", "first α of every channel, or s4d: the authors' start")
+    gate_start: str = flag("", "first α of every channel, or s4d: the authors' start; empty: 0.5")
 
 
 def show_profile(model, tokenizer, data):
@@ -742,12 +810,13 @@ def main():
     s = Settings(**parse(Settings, "src", "out"))
     if not s.src or not (s.out or s.profile):
         raise InputError("expected: convert.py SRC OUT, or convert.py SRC --profile")
-    cuts = {k: getattr(s, k) for k in ("encoder_layers", "decoder_layers") if getattr(s, k) >= 0}
-    model, tokenizer = load(s.src, **cuts, gate_start=s.gate_start)
+    dtype = {"": None, "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[s.dtype]
+    cuts = dict(encoder_layers=s.encoder_layers, decoder_layers=s.decoder_layers)
+    model, tokenizer = load(s.src, "cpu", dtype, **cuts, gate_start=s.gate_start)
     if s.profile:
         show_profile(model, tokenizer, s.data)
     if s.out:
-        save(model, tokenizer, s.out)
+        save(model, tokenizer, s.out, s.format)
         c = model.config
         print(f"{s.out}: {c.encoder_layers} encoder, {c.reasoning_layers} looped and {c.decoder_layers} decoder layers")
 

@@ -10,7 +10,6 @@ Loss is the mean cross-entropy per token in nats, perplexity its exponential; bi
 import json
 import math
 from dataclasses import dataclass
-from functools import partial
 
 import numpy as np
 import torch
@@ -32,7 +31,7 @@ class Settings:
     batch: int = flag(8, "sequences at a time", 1)
     tokens: int = flag(32768, "held-out tokens to read, spread evenly over the text", 1)
     device: str = flag("", "cpu, cuda or mps; empty: the best there is")
-    dtype: str = flag("", "bf16 or fp32; empty: bf16 where the device is good at it")
+    dtype: str = flag("", "of autocast; empty: bf16 where the device is good at it", None, convert.DTYPES)
     json: bool = flag(False, "print one JSON object instead of the tables")
 
 
@@ -65,10 +64,8 @@ def depth_losses(model, sequences, depths, batch, autocast):
 
 @torch.no_grad()
 def exit_stats(model, sequences, max_loops, threshold, batch, autocast):
-    """
-    With confidence exit: mean loss, mean passes, histogram of tokens by their passes 1 … max_loops, and in ten bins of
-    the confidence the tokens, their mean confidence and how often the likeliest token was right; ece is the mean gap.
-    """
+    """With confidence exit: mean loss, mean passes, histogram of tokens by their passes 1 … max_loops, and in ten bins
+    of confidence the tokens, their mean confidence and how often the likeliest token was right; ece: the mean gap."""
     device = model.wte.weight.device
     loss, passes, confidence, right = 0.0, [], [], []
     for part in sequences.split(batch):
@@ -93,16 +90,13 @@ def exit_stats(model, sequences, max_loops, threshold, batch, autocast):
 
 def main():
     s = Settings(**convert.parse(Settings))
-    device, dtype = convert.pick_device(s.device, s.dtype)
+    device, _, autocast = convert.pick_device(s.device, s.dtype)
     directory = convert.resolve(s.init or convert.last_model())
     model, tokenizer = convert.load(directory, device=device)
-    if tokenizer is None:
-        raise InputError(f"{directory} has no tokenizer.json: text cannot be read without one")
     if s.data:
         tokens = convert.load_tokens(convert.find_files(s.data), tokenizer)
     else:
-        trained = directory / "settings.json"
-        if not trained.exists():
+        if not (trained := directory / "settings.json").exists():
             raise InputError(f"{directory} does not say what text it was trained on: give --data")
         trained = json.loads(trained.read_text())
         tokens = convert.load_data(trained["data"], trained["val"], tokenizer)[1]
@@ -111,7 +105,6 @@ def main():
     count = sequences[:, 1:].numel()
     length = sum(len(tokenizer.bytes_of[i]) for i in sequences[:, 1:].flatten().tolist())
     bits_per_byte = count / length / math.log(2)
-    autocast = partial(torch.autocast, device.type, dtype, enabled=dtype != torch.float32)
     by_depth = depth_losses(model, sequences, range(s.max_loops + 1), s.batch, autocast)
     exit = exit_stats(model, sequences, s.max_loops, s.threshold, s.batch, autocast)
     rows = [*((depth, depth, loss) for depth, loss in by_depth.items()), ("exit", exit["mean_passes"], exit["loss"])]

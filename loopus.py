@@ -19,6 +19,7 @@ Shapes: B batch, T tokens, C width of the states (n_embd), V vocabulary, n heads
 """
 
 import math
+import re
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -61,6 +62,7 @@ class Config:
     encoder_layers: int = 1  # the first layers, run once
     decoder_layers: int = 1  # the last layers, run once
     gate_start: str = "0.5"  # α of every channel before training, or "s4d": the authors' start
+    base: dict | None = None  # the pretrained model's own config.json, for writing it back
 
     def __post_init__(self):
         cut = f"encoder_layers={self.encoder_layers} and decoder_layers={self.decoder_layers}"
@@ -68,11 +70,7 @@ class Config:
             raise InputError(f"{cut} leave no reasoning block in {self.n_layer} layers: take fewer of them")
         if self.n_head % self.n_kv_head:
             raise InputError(f"n_head={self.n_head} is no multiple of n_kv_head={self.n_kv_head}: check config.json")
-        try:
-            usable = self.gate_start == "s4d" or 0 < float(self.gate_start) < 1
-        except ValueError:
-            usable = False
-        if not usable:
+        if self.gate_start != "s4d" and not re.fullmatch(r"0?\.0*[1-9]\d*", self.gate_start):
             raise InputError(f"gate_start is {self.gate_start}: give a number between 0 and 1 (the first α), or s4d")
 
     @property
@@ -80,8 +78,7 @@ class Config:
         return self.n_layer - self.encoder_layers - self.decoder_layers
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The pretrained transformer's own layer: GPT-2's or Llama's, by config
+# ---- The pretrained transformer's own layer: GPT-2's or Llama's, by config
 
 
 class Span(NamedTuple):
@@ -94,11 +91,9 @@ class Span(NamedTuple):
 
 
 def span(config, start, T, device):
-    """
-    The Span of positions start … start+T−1, everyone running. With Llama 3's rope_scaling, wavelengths beyond
+    """The Span of positions start … start+T−1, everyone running. With Llama 3's rope_scaling, wavelengths beyond
     original / low_freq_factor are stretched by `factor`, those under original / high_freq_factor are left, and in
-    between it goes smoothly from one to the other. Raises InputError past the context.
-    """
+    between it goes smoothly from one to the other. Raises InputError past the context."""
     if start + T > config.block_size:
         raise InputError(f"{start + T} tokens do not fit the model's context of {config.block_size}: shorten the text")
     if not config.rope_theta:
@@ -140,10 +135,8 @@ class Block(nn.Module):
         self.down = nn.Linear(c.n_inner, c.n_embd, bias=c.mlp_bias)
 
     def attention(self, x, at, kv):
-        """
-        Causal attention of x (B, T, C) at Span `at`. kv (2, B, m, S, hd), if given, holds the keys and values of the
-        positions before, and takes those of the tokens that still run; the others go on showing what they left there.
-        """
+        """Causal attention of x (B, T, C) at Span `at`. kv (2, B, m, S, hd), if given, holds the keys and values of the
+        positions before, and takes those of the tokens that still run; the others show what they left there."""
         B, T, _ = x.shape
         n, m, hd = self.c.n_head, self.c.n_kv_head, self.c.head_dim
         q, k, v = self.qkv(x).view(B, T, n + 2 * m, hd).transpose(1, 2).split((n, m, m), dim=1)  # (B, n or m, T, hd)
@@ -173,8 +166,7 @@ class Block(nn.Module):
         return x + self.mlp(self.ln_2(x))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# What LoopUS adds: the selective gate, the confidence head, the loop
+# ---- What LoopUS adds: the selective gate, the confidence head, the loop
 
 
 class SelectiveGate(nn.Module):
@@ -190,10 +182,8 @@ class SelectiveGate(nn.Module):
 
     @torch.no_grad()
     def reset_parameters(self):
-        """
-        A number a: α = a in every channel, so that the untrained model is an exact damped iteration of the pretrained
-        block. "s4d": the authors' start, as in Mamba; a tenth of its channels have α < 1e-7 and never move.
-        """
+        """A number a: α = a in every channel, so that the untrained model is an exact damped iteration of the
+        pretrained block. "s4d": the authors' start, as in Mamba; a tenth of its channels have α < 1e-7 for good."""
         if self.start == "s4d":
             step = torch.empty_like(self.up.bias).uniform_(-6.9078, -2.3026).exp()  # log-uniform in [1e-3, 0.1]
             self.up.weight.uniform_(-(self.up.in_features**-0.5), self.up.in_features**-0.5)
@@ -298,24 +288,17 @@ class LoopUS(nn.Module):
     # ---- generation, §3.1 and App. E
 
     def new_cache(self, batch, size, loops):
-        """
-        Room for the keys and values of `size` positions: one tensor (layers, 2, B, m, size, hd) for "encoder" and
-        "decoder" each, and a list of them for "reasoning", one per loop depth, since the states entering each differ.
-        """
-        c, like = self.config, self.wte.weight
-
-        def room(layers):
-            return like.new_zeros(layers, 2, batch, c.n_kv_head, size, c.head_dim)
-
-        depths = [room(c.reasoning_layers) for _ in range(max(1, loops))]
-        return {"encoder": room(c.encoder_layers), "reasoning": depths, "decoder": room(c.decoder_layers)}
+        """Room for the keys and values of `size` positions: one tensor (layers, 2, B, m, size, hd) for "encoder" and
+        "decoder" each, and a list of them for "reasoning", one per loop depth: the states entering each differ."""
+        c, new = self.config, self.wte.weight.new_zeros
+        shape = 2, batch, c.n_kv_head, size, c.head_dim
+        depths = [new(c.reasoning_layers, *shape) for _ in range(max(1, loops))]
+        return {"encoder": new(c.encoder_layers, *shape), "reasoning": depths, "decoder": new(c.decoder_layers, *shape)}
 
     @torch.no_grad()
     def advance(self, idx, start, cache, max_loops, threshold):
-        """
-        Run the tokens idx (B, T), which stand at start … start+T−1 after those in the cache. Each one loops until its
-        own q ≥ threshold or max_loops. → logits of the last one (B, V), passes taken by each (B, T).
-        """
+        """Run the tokens idx (B, T), which stand at start … start+T−1 after those in the cache. Each one loops until
+        its own q ≥ threshold or max_loops. → logits of the last one (B, V), passes taken by each (B, T)."""
         at = span(self.config, start, idx.size(1), idx.device)
         here = slice(start, start + idx.size(1))
         depths = cache["reasoning"]
@@ -335,10 +318,8 @@ class LoopUS(nn.Module):
 
     @torch.no_grad()
     def stream(self, idx, max_new_tokens, max_loops=8, threshold=0.6, temperature=1.0, top_k=None, generator=None):
-        """
-        `generate`, one token at a time: yields (token (B, 1), passes it took (B,)). When the context is full, its
-        newest half is run again at positions 0 …, and generation goes on from there.
-        """
+        """`generate`, one token at a time: yields (token (B, 1), passes it took (B,)). When the context is full, its
+        newest half is run again at positions 0 …, and generation goes on from there."""
         if idx.size(1) == 0:
             raise InputError("the prompt is empty: give at least one token")
         size = min(self.config.block_size, idx.size(1) + max_new_tokens)
@@ -354,11 +335,9 @@ class LoopUS(nn.Module):
             yield new, passes[:, -1]
 
     def generate(self, idx, max_new_tokens, max_loops=8, threshold=0.6, temperature=1.0, top_k=None, generator=None):
-        """
-        Continue idx (B, T) by max_new_tokens tokens of at most max_loops passes each; a token stops at the first pass
-        with q ≥ threshold (above 1: never). temperature=0 is greedy, max_loops=0 the pretrained model.
-        → tokens (B, T + max_new_tokens), passes (B, max_new_tokens). Raises InputError if idx is empty or too long.
-        """
+        """Continue idx (B, T) by max_new_tokens tokens of at most max_loops passes each; a token stops at the first
+        pass with q ≥ threshold (above 1: never). temperature=0 is greedy, max_loops=0 the pretrained model. → tokens
+        (B, T + max_new_tokens), passes (B, max_new_tokens). Raises InputError if idx is empty or too long."""
         tokens, passes = [idx], [idx[:, :0]]
         for token, depth in self.stream(idx, max_new_tokens, max_loops, threshold, temperature, top_k, generator):
             tokens.append(token)
@@ -378,12 +357,10 @@ def sample(logits, temperature, top_k, generator):
 
 
 @torch.no_grad()
-def early_exit(model, idx, max_loops, threshold):
-    """
-    What early exit means, for whole sequences idx (B, T) at once: a token that has stopped keeps its state, and in
-    every deeper pass the others see the keys and values of its last executed pass.
-    → states to decode (B, T, C), passes (B, T).
-    """
+def early_exit(model, idx, max_loops, threshold, together=False):
+    """What early exit means, for whole sequences idx (B, T) at once: a token that has stopped keeps its state, and in
+    every deeper pass the others see the keys and values of its last executed pass. together: all tokens of a sequence
+    stop when the last one does, as in the authors' evaluation. → states to decode (B, T, C), passes (B, T)."""
     h = model.encode(idx)
     if max_loops == 0:
         return model.propose(h), torch.zeros_like(idx)
@@ -394,12 +371,12 @@ def early_exit(model, idx, max_loops, threshold):
         refined = model.refine(h, at._replace(running=running), shown)
         h = torch.where(running[..., None], refined, h)
         passes += running
-        running = running & (torch.sigmoid(precise(model.confidence(h))) < threshold)
+        q = torch.sigmoid(precise(model.confidence(h)))
+        running = running & ((q[:, -1:] if together else q) < threshold)
     return h, passes
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Training
+# ---- Training
 
 
 class Step(NamedTuple):
@@ -417,13 +394,11 @@ def lm_loss(logits, targets):
 
 
 def losses(model, h, targets):
-    """
-    One supervised step (§3.2, Fig. 4) from the state h (B, T, C), against the next tokens `targets` (B, T):
+    """One supervised step (§3.2, Fig. 4) from the state h (B, T, C), against the next tokens `targets` (B, T):
 
-        L_LM   = CE(D(h'), next token),  h' = one gated pass from h, the only pass that gradients go through
-        L_mono = SiLU(L_LM − L_LM of h, the latter without gradient): a pass should do no harm
-        L_Q    = BCE(q(h'), was the likeliest token right?), per token
-    """
+    L_LM   = CE(D(h'), next token),  h' = one gated pass from h, the only pass that gradients go through
+    L_mono = SiLU(L_LM − L_LM of h, the latter without gradient): a pass should do no harm
+    L_Q    = BCE(q(h'), was the likeliest token right?), per token"""
     h = h.detach()
     with torch.no_grad():
         before = lm_loss(model.decode(h), targets)
@@ -439,12 +414,10 @@ def losses(model, h, targets):
 
 
 def deep_supervision(model, idx, targets, max_loops, supervised, rng):
-    """
-    Random deep supervision (§3.2): unroll B = max_loops passes over idx (B, T) and supervise K = supervised of them,
-    drawn uniformly by rng (a random.Random). Yields a Step for each; back-propagate it before asking for the next,
-    and memory holds the graph of one pass however large B is. The encoder and the other passes run without gradient;
-    those after the last drawn one would teach nothing and are not run.
-    """
+    """Random deep supervision (§3.2): unroll B = max_loops passes over idx (B, T) and supervise K = supervised of them,
+    drawn uniformly by rng (a random.Random). Yields a Step for each; back-propagate it before asking for the next, and
+    memory holds the graph of one pass however large B is. The encoder and the other passes run without gradient; those
+    after the last drawn one would teach nothing and are not run."""
     drawn = rng.sample(range(max_loops), supervised)
     with torch.no_grad():
         h = model.encode(idx)

@@ -36,7 +36,7 @@ class Settings:
     seed: int = flag(2026, "of the random draws")
     trace: bool = flag(False, "show the next token's candidates after each pass instead of writing")
     device: str = flag("", "cpu, cuda or mps; empty: the best there is")
-    dtype: str = flag("", "bf16 or fp32 weights; empty: bf16 where the device is good at it")
+    dtype: str = flag("", "of the weights; empty: bf16 where the device is good at it", None, convert.DTYPES)
 
 
 def tint(text, passes, max_loops):
@@ -74,11 +74,8 @@ def write(model, tokenizer, prompt, s):
 
 @torch.no_grad()
 def trace(model, tokenizer, prompt, s):
-    """
-    One row per pass for the token after the prompt: confidence q, step length ‖h^{b+1} − h^b‖₂, mean α over the
-    channels, and the likeliest tokens with their probabilities. No token is stopped; the first row that exit would
-    take is marked.
-    """
+    """One row per pass for the token after the prompt: confidence q, step length ‖h^{b+1} − h^b‖₂, mean α over the
+    channels, and the likeliest tokens with their probabilities. No token is stopped; where exit would is marked."""
     ids = encode(model, tokenizer, prompt)
 
     def candidates(h):
@@ -101,15 +98,13 @@ def trace(model, tokenizer, prompt, s):
 
 
 def encode(model, tokenizer, prompt):
-    ids = tokenizer.encode(prompt) or [tokenizer.end_of_text or 0]  # nothing to continue: begin a text
-    if len(ids) > model.config.block_size:
-        raise InputError(f"the prompt has {len(ids)} tokens, the context holds {model.config.block_size}: shorten it")
+    ids = tokenizer.begin + tokenizer.encode(prompt) or [tokenizer.end_of_text or 0]  # with nothing: begin a text
     return torch.tensor([ids], device=model.wte.weight.device)
 
 
 def main():
     s = Settings(**convert.parse(Settings))
-    device, dtype = convert.pick_device(s.device, s.dtype)
+    device, dtype, _ = convert.pick_device(s.device, s.dtype)
     src = s.init or convert.last_model()
     model, tokenizer = convert.load(src, device, dtype)
     if tokenizer is None:
@@ -124,7 +119,4 @@ def main():
 
 
 if __name__ == "__main__":
-    try:
-        convert.run(main)
-    except EOFError:  # Ctrl-D at the prompt
-        print()
+    convert.run(main)

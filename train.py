@@ -16,7 +16,7 @@ import sys
 import time
 from dataclasses import asdict, dataclass, replace
 from datetime import timedelta
-from functools import lru_cache, partial
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -37,7 +37,7 @@ class Settings:
     val: str = flag("", "held-out text; empty: every 20th file of --data, or the last 20th of a single one")
     out: str = flag("out/loop", "directory of the run: checkpoints and log.jsonl")
     resume: bool = flag(False, "go on from the newest checkpoint in --out, with the settings it was started with")
-    objective: str = flag("loop", "loop: random deep supervision; lm: the unlooped model, as the control")
+    objective: str = flag("loop", "or lm: train the model unlooped, as the control", None, ("loop", "lm"))
     # the loop
     max_loops: int = flag(20, "B, passes unrolled per batch (paper: 20)", 1)
     supervised: int = flag(5, "K, passes supervised among them (paper: 5)", 1)
@@ -60,18 +60,10 @@ class Settings:
     eval_tokens: int = flag(16384, "held-out tokens per evaluation", 1)
     # the machine
     device: str = flag("", "cpu, cuda or mps; empty: the best there is")
-    dtype: str = flag("", "bf16 (autocast, weights stay fp32) or fp32; empty: bf16 where the device is good at it")
+    dtype: str = flag(
+        "", "bf16: autocast, weights stay fp32; empty: where the device is good at it", None, convert.DTYPES
+    )
     compile: bool = flag(False, "compile the blocks with torch.compile")
-
-
-def check(s):
-    """Refuse settings that cannot be meant."""
-    if s.objective not in ("loop", "lm"):
-        raise InputError(f"--objective={s.objective} is not known: expected loop or lm")
-    if s.supervised > s.max_loops:
-        raise InputError(f"--supervised={s.supervised} cannot be drawn from --max_loops={s.max_loops}: K is 1 … B")
-    if not s.data:
-        raise InputError('no --data: give a text file, a directory, a glob, .bin tokens, or "python"')
 
 
 @lru_cache(maxsize=2)
@@ -80,15 +72,13 @@ def shuffled(count, seed, epoch):
 
 
 def micro_batch(tokens, s, i):
-    """
-    Micro-batch number i of the run: inputs and next tokens, (batch, context) each. The text is cut into windows, each
-    read once per epoch in an order of its own, so that what is read depends on the seed and on i alone.
-    """
+    """Micro-batch number i of the run: inputs and next tokens, (batch, context) each. The text is cut into windows,
+    each read once per epoch in an order of its own, so that what is read depends on the seed and on i alone."""
     count = (len(tokens) - 1) // s.context
     if count < 1:
         raise InputError(f"{len(tokens)} training tokens do not fill one context of {s.context}: give more text")
-    numbers = range(i * s.batch, (i + 1) * s.batch)
-    starts = [shuffled(count, s.seed, n // count)[n % count] * s.context for n in numbers]
+    each = range(i * s.batch, (i + 1) * s.batch)
+    starts = [shuffled(count, s.seed, n // count)[n % count] * s.context for n in each]
     rows = torch.from_numpy(np.stack([tokens[a : a + s.context + 1] for a in starts]).astype(np.int64))
     return rows[:, :-1], rows[:, 1:]
 
@@ -130,9 +120,11 @@ def gradients(model, x, y, s, micro):
 
 def train(s):
     """One run of `s` from s.init to a checkpoint in s.out/step-…; → the directory of that checkpoint."""
-    # ---- setup
-    check(s)
-    device, dtype = convert.pick_device(s.device, s.dtype)
+    if s.supervised > s.max_loops:
+        raise InputError(f"--supervised={s.supervised} cannot be drawn from --max_loops={s.max_loops}: K is 1 … B")
+    if not s.data:
+        raise InputError('no --data: give a text file, a directory, a glob, .bin tokens, or "python"')
+    device, dtype, autocast = convert.pick_device(s.device, s.dtype)
     out = Path(s.out)
     found = sorted(out.glob(f"{convert.STEP}/optimizer.pt"))
     if s.resume and not found:
@@ -140,11 +132,9 @@ def train(s):
     if found and not s.resume:
         raise InputError(f"{out} already holds a run, at {found[-1].parent.name}: --resume it, or name another --out")
     torch.manual_seed(s.seed)
-    cuts = {k: getattr(s, k) for k in ("encoder_layers", "decoder_layers") if getattr(s, k) >= 0}
-    start = dict(gate_start=s.gate_start) if s.gate_start else {}
-    model, tokenizer = convert.load(found[-1].parent if found else s.init, device, **cuts, **start)
-    if tokenizer is None:
-        raise InputError(f"{s.init} has no tokenizer.json: text cannot be read without one")
+    cuts = dict(encoder_layers=s.encoder_layers, decoder_layers=s.decoder_layers)
+    src = found[-1].parent if found else s.init
+    model, tokenizer = convert.load(src, device, **cuts, gate_start=s.gate_start)
     if s.context > model.config.block_size:
         raise InputError(f"--context={s.context} is more than the model's {model.config.block_size}: give at most that")
     tokens, held_out = convert.load_data(s.data, s.val, tokenizer)
@@ -163,17 +153,15 @@ def train(s):
         for block in model.layers():
             block.compile()
 
-    autocast = partial(torch.autocast, device.type, dtype, enabled=dtype != torch.float32)
-
     def report(line, **values):
         print(line, flush=True)
         log.write(json.dumps(values) + "\n")
         log.flush()
 
     c = model.config
-    size = f"{sum(p.numel() for p in model.parameters()) / 1e6:.1f}M parameters"
-    size += f" in {c.encoder_layers} + {c.reasoning_layers} + {c.decoder_layers} layers"
-    print(f"{s.objective}: {size}, {len(tokens):,} tokens, {device}, {dtype}, to {out}", flush=True)
+    size = f"{sum(p.numel() for p in model.parameters()) / 1e6:.1f}M parameters in"
+    size += f" {c.encoder_layers} + {c.reasoning_layers} + {c.decoder_layers} layers, {len(tokens):,} tokens"
+    print(f"{s.objective}: {size}, {device}, {dtype}, to {out}", flush=True)
 
     def evaluate(step):
         depths = [0] if s.objective == "lm" else [0, 1, 2, 4, 8]
@@ -187,13 +175,12 @@ def train(s):
             convert.write(model, tokenizer, new)
             (new / "settings.json").write_text(json.dumps(asdict(s), indent=2) + "\n", encoding="utf-8")
             torch.save(dict(step=step, optimizer=optimizer.state_dict()), new / "optimizer.pt")
+        if s.objective == "loop":
+            (convert.cache_dir() / "last").write_text(str(directory.resolve()))
         for old in set(out.glob("step-*")) - {directory}:
             shutil.rmtree(old)
-        if s.objective == "loop":
-            convert.remember(directory)
         return directory
 
-    # ---- the loop
     begun = last = time.time()
     logged = first
     for step in range(first, s.steps):
@@ -207,8 +194,7 @@ def train(s):
             x, y = micro_batch(tokens, s, micro)
             with autocast():  # ends before the optimizer steps: its copies of the weights must not outlive them
                 terms += gradients(model, x.to(device), y.to(device), s, micro)
-            if s.accumulate > 1:
-                convert.progress(f"step {step + 1}", micro + 1 - step * s.accumulate, s.accumulate)
+            convert.progress(f"step {step + 1}", micro + 1 - step * s.accumulate, s.accumulate)
         norm = torch.nn.utils.clip_grad_norm_([p for p in model.parameters() if p.requires_grad], 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
@@ -243,17 +229,14 @@ def peak_memory(device):
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 1e9
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Without --init: the whole story
+# ---- Without --init: the whole story
 
 
 def story(given):
-    """
-    Pretrain a small base model, recast and train it as a looped one, spend the same tokens on the unlooped control, and
-    compare. `given` are the flags that were set; the base is trained for three times the steps of the other two.
-    """
+    """Pretrain a small base model, recast and train it as a looped one, spend the same tokens on the unlooped control,
+    and compare. `given` are the flags that were set; the base is trained for three times the steps of the other two."""
     out, begun = Path(given.pop("out", "out/story")), time.time()
-    device, dtype = convert.pick_device(given.get("device", ""), given.get("dtype", ""))
+    device, dtype, autocast = convert.pick_device(given.get("device", ""), given.get("dtype", ""))
     width, batch = (512, 64) if device.type == "cuda" else (128, 4)  # minutes on a GPU, and on two CPU cores
     values = dict(data="python", batch=batch, accumulate=1, context=256, steps=400, lr=1.5e-3, warmup=50, log_every=100)
     values |= dict(max_loops=8, supervised=2, encoder_layers=2, decoder_layers=2, eval_every=10**9, eval_tokens=32768)
@@ -263,20 +246,16 @@ def story(given):
     untrained, base = str(out / "untrained"), str(out / "base")
     if not Path(base, "config.json").exists():
         torch.manual_seed(looped.seed)
-        shape = dict(n_layer=6, n_embd=width, n_head=width // 64, n_kv_head=width // 64, head_dim=64, n_inner=4 * width)
-        kind = dict(
-            norm="layer", norm_eps=1e-5, mlp="gelu", rope_theta=0.0, qkv_bias=True, out_bias=True, mlp_bias=True
-        )
-        model = LoopUS(Config(vocab_size=257, block_size=512, **shape, **kind))
+        gpt2 = dict(model_type="gpt2", architectures=["GPT2LMHeadModel"], layer_norm_epsilon=1e-5, vocab_size=257)
+        gpt2 |= dict(n_positions=512, n_layer=6, n_embd=width, n_head=width // 64)
+        model = LoopUS(Config(**convert.read_family(gpt2, untrained)[1]))
         model.reset_parameters()
-        convert.save(model, convert.byte_tokenizer(), untrained, hub_layout=True)
+        convert.save(model, convert.byte_tokenizer(), untrained, "hf")
         new = replace(unlooped, init=untrained, out=str(out / "pretraining"), steps=3 * looped.steps, lr=2e-3)
-        convert.save(*convert.load(stage("1/3 pretrain a small base model", new)), base, hub_layout=True)
+        convert.save(*convert.load(stage("1/3 pretrain a small base model", new)), base, "hf")
     loop = stage("2/3 recast it and train the loop", replace(looped, init=base, out=str(out / "loop")))
     control = stage("3/3 the same tokens without loop", replace(unlooped, init=base, out=str(out / "control")))
-    convert.remember(loop)  # for what is suggested below, also where the loop was done before
-
-    autocast = partial(torch.autocast, device.type, dtype, enabled=dtype != torch.float32)
+    (convert.cache_dir() / "last").write_text(str(loop.resolve()))  # also where the loop was done before
     print("\nheld-out loss, nats per byte")
     for name, directory, depths in (("base", base, [0]), ("control", control, [0]), ("looped", loop, [0, 1, 2, 4, 8])):
         model, tokenizer = convert.load(directory, device)
@@ -301,13 +280,13 @@ def stage(title, s):
 
 def main():
     given = convert.parse(Settings)
-    if not given.get("init") and not given.get("resume"):
-        story(given)
-        return
     if given.get("resume"):
         saved = sorted(Path(given.get("out", Settings.out)).glob(f"{convert.STEP}/settings.json"))
         given = (json.loads(saved[-1].read_text()) if saved else {}) | given
-    train(Settings(**given))
+    if given.get("init") or given.get("resume"):
+        train(Settings(**given))
+    else:
+        story(given)
 
 
 if __name__ == "__main__":

@@ -19,11 +19,19 @@ SHAPES = {
 }
 
 
+BASE = {  # the same as the hub has it
+    "gpt2": dict(model_type="gpt2", n_positions=64, n_layer=5, n_head=4, n_embd=32, n_inner=64),
+    "llama": dict(model_type="llama", max_position_embeddings=64, num_hidden_layers=5, num_attention_heads=4)
+    | dict(num_key_value_heads=2, head_dim=8, hidden_size=32, intermediate_size=64, rms_norm_eps=1e-5),
+}
+
+
 def random_model(shape="llama", seed=0, **overrides):
     """A model of random weights whose gate and confidence head do something, too: 5 layers cut 1, 3, 1."""
     torch.manual_seed(seed)
     values = dict(vocab_size=257, block_size=64, n_layer=5, n_head=4, head_dim=8, n_embd=32, n_inner=64, norm_eps=1e-5)
-    model = LoopUS(Config(**values | SHAPES[shape] | overrides)).eval()
+    base = BASE[shape] | dict(vocab_size=257, layer_norm_epsilon=1e-5)
+    model = LoopUS(Config(**values | SHAPES[shape] | dict(base=base) | overrides)).eval()
     model.reset_parameters()
     for p in model.parameters():
         torch.nn.init.normal_(p, std=0.25) if p.dim() > 1 else p.data.add_(torch.randn_like(p) * 0.1)
@@ -66,7 +74,7 @@ def command(monkeypatch, capsys):
 @pytest.fixture
 def checkpoint(tmp_path):
     """A small byte-level model in the hub's layout, and a text of 40 kB beside it: (directory, text file)."""
-    convert.save(random_model("gpt2"), convert.byte_tokenizer(), tmp_path / "tiny", hub_layout=True)
+    convert.save(random_model("gpt2"), convert.byte_tokenizer(), tmp_path / "tiny", "hf")
     text = tmp_path / "text.txt"
     text.write_text((ROOT / "loopus.py").read_text(encoding="utf-8") * 2, encoding="utf-8")
     return tmp_path / "tiny", text

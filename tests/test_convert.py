@@ -1,5 +1,6 @@
 """Checkpoints in and out, the hub, tokenizers, text, and where to cut."""
 
+import hashlib
 import json
 import os
 import resource
@@ -7,12 +8,13 @@ import shutil
 import subprocess
 import sys
 import threading
+from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import numpy as np
 import pytest
 import torch
-from conftest import GOLDEN, ROOT, random_model
+from conftest import BASE, GOLDEN, ROOT, random_model
 from safetensors.torch import load_file, save_file
 
 import convert
@@ -21,17 +23,18 @@ from loopus import InputError
 # ---- checkpoints
 
 
-@pytest.mark.parametrize("hub_layout", [False, True])
-def test_saved_and_loaded_again_no_bit_is_lost(model, tmp_path, hub_layout):
-    convert.save(model, convert.byte_tokenizer(), tmp_path / "out", hub_layout)
+@pytest.mark.parametrize("format", ["loopus", "hf"])
+def test_saved_and_loaded_again_no_bit_is_lost(model, tmp_path, format):
+    convert.save(model, convert.byte_tokenizer(), tmp_path / "out", format)
     again, tokenizer = convert.load(tmp_path / "out", encoder_layers=1, decoder_layers=1)
-    assert again.config == model.config and tokenizer.encode("aé") == [97, 195, 169]
+    base = model.config.base if format == "loopus" else json.loads((tmp_path / "out" / "config.json").read_text())
+    assert again.config == replace(model.config, base=base) and tokenizer.encode("aé") == [97, 195, 169]
     state = model.state_dict()
     for name, p in again.state_dict().items():
-        if not (hub_layout and name.startswith(("gate", "q_head"))):
+        if not (format == "hf" and name.startswith(("gate", "q_head"))):
             assert torch.equal(p, state[name]), name
     idx = torch.randint(0, 257, (1, 9))
-    loops = 0 if hub_layout else 3
+    loops = 0 if format == "hf" else 3
     assert torch.equal(again(idx, loops), model(idx, loops))
 
 
@@ -50,8 +53,7 @@ def test_hub_layout_has_the_names_of_transformers(tmp_path):
         for shard in (GOLDEN / family).glob("model*.safetensors"):
             there |= load_file(shard)
         model, _ = convert.load(GOLDEN / family)
-        model.config.partial_rotary = 0.5 if family == "phi3" else 1.0
-        convert.save(model, None, tmp_path / family, hub_layout=True)
+        convert.save(model, None, tmp_path / family, "hf")
         written = load_file(tmp_path / family / "model.safetensors")
         for name, tensor in there.items():
             if not name.endswith(".attn.bias"):
@@ -83,18 +85,80 @@ def test_old_names_of_the_authors_checkpoints(tmp_path):
     torch.testing.assert_close(model(expected["input_ids"], 4), expected["logits4"], atol=1e-4, rtol=1e-4)
 
 
-def test_biases_say_which_family_a_model_belongs_to(tmp_path):
-    kinds = {"qwen2": dict(qkv_bias=True), "llama": dict(qkv_bias=True, out_bias=True, mlp_bias=True)}
-    for family, biases in kinds.items():
-        model = random_model("llama", **biases)
-        convert.save(model, None, tmp_path / family, hub_layout=True)
-        assert json.loads((tmp_path / family / "config.json").read_text())["model_type"] == family
-        names = load_file(tmp_path / family / "model.safetensors").keys()
-        assert "model.layers.0.self_attn.q_proj.bias" in names
-        assert ("model.layers.0.self_attn.o_proj.bias" in names) == (family == "llama")
-        again, _ = convert.load(tmp_path / family)
-        idx = torch.randint(0, 257, (1, 9))
-        assert torch.equal(again(idx, 0), model(idx, 0))
+@pytest.mark.parametrize("family, biases", [("qwen2", ["qkv"]), ("llama", ["qkv", "out", "mlp"]), ("mistral", [])])
+def test_families_that_differ_in_their_biases(tmp_path, family, biases):
+    raw = BASE["llama"] | dict(model_type=family, vocab_size=257)
+    raw |= dict(attention_bias=True, mlp_bias=True) if family == "llama" else {}
+    config = convert.read_family(raw, "config.json")[1]
+    assert [b for b in ("qkv", "out", "mlp") if config.get(f"{b}_bias")] == biases
+    model = random_model(**config)
+    convert.save(model, None, tmp_path / family, "hf")
+    names = load_file(tmp_path / family / "model.safetensors").keys()
+    assert ("model.layers.0.self_attn.q_proj.bias" in names) == bool(biases)
+    assert ("model.layers.0.self_attn.o_proj.bias" in names) == ("out" in biases)
+    again, _ = convert.load(tmp_path / family)
+    idx = torch.randint(0, 257, (1, 9))
+    assert torch.equal(again(idx, 0), model(idx, 0))
+
+
+@pytest.mark.parametrize("family", ["loopus_reference_llama", "loopus_reference_qwen3"])
+def test_the_authors_format_goes_through_ours_and_back(tmp_path, command, family):
+    code, _, err = command(convert, GOLDEN / family, tmp_path / "ours")
+    assert code == 0, err
+    code, _, err = command(convert, tmp_path / "ours", tmp_path / "theirs", "--format=authors")
+    assert code == 0, err
+    there, back = (load_file(d / "model.safetensors") for d in (GOLDEN / family, tmp_path / "theirs"))
+    assert there.keys() == back.keys() and all(torch.equal(there[n], back[n]) for n in there)
+    there, back = (json.loads((d / "config.json").read_text()) for d in (GOLDEN / family, tmp_path / "theirs"))
+    assert {k for k in there if there[k] != back[k]} <= {"base_config_dict"}
+    there, back = there["base_config_dict"], back["base_config_dict"]
+    assert {k for k in there if there[k] != back[k]} <= {"tie_word_embeddings"}
+
+
+@pytest.mark.parametrize("family", ["llama", "phi3", "llama_tied"])
+def test_a_model_of_ours_in_the_authors_format(tmp_path, command, family):
+    code, _, err = command(convert, GOLDEN / family, tmp_path / "ours", "--encoder_layers=2", "--decoder_layers=1")
+    assert code == 0, err
+    ours, _ = convert.load(tmp_path / "ours")
+    code, _, err = command(convert, tmp_path / "ours", tmp_path / "theirs", "--format=authors")
+    assert code == 0, err
+    raw = json.loads((tmp_path / "theirs" / "config.json").read_text())
+    assert raw["model_type"] == "lds" and raw["base_config_dict"]["model_type"] == family.split("_")[0]
+    indices = [raw[f"{stack}_layer_indices"] for stack in ("encoder", "reasoning", "decoder")]
+    assert indices == [[0, 1], [2], [3]] and raw["q_threshold"] == 0.6 and raw["N"] == 8
+    theirs, _ = convert.load(tmp_path / "theirs")
+    assert theirs.state_dict().keys() == ours.state_dict().keys()
+    assert all(torch.equal(p, ours.state_dict()[n]) for n, p in theirs.state_dict().items())
+
+
+def test_formats_that_cannot_be_written(tmp_path, command):
+    code, _, err = command(convert, GOLDEN / "gpt2", tmp_path / "out", "--format=authors")
+    assert code == 1 and "no place for learned positions" in err and not (tmp_path / "out").exists()
+    code, _, err = command(convert, GOLDEN / "gpt2", tmp_path / "out", "--format=gguf")
+    assert code == 2 and "invalid choice: 'gguf'" in err and err.count("\n") == 1
+    with pytest.raises(InputError, match="format hf needs the pretrained model's config.json"):
+        convert.save(random_model(base=None), None, tmp_path / "out", "hf")
+
+
+def test_a_trained_middle_as_a_plain_model(tmp_path, command):
+    model, _ = convert.load(GOLDEN / "qwen3", encoder_layers=1, decoder_layers=1)
+    torch.nn.init.normal_(model.reasoning[0].down.weight)
+    convert.save(model, None, tmp_path / "looped")
+    code, _, err = command(convert, tmp_path / "looped", tmp_path / "plain", "--format=hf")
+    assert code == 0, err
+    raw, there = (json.loads((d / "config.json").read_text()) for d in (tmp_path / "plain", GOLDEN / "qwen3"))
+    assert raw == there | dict(tie_word_embeddings=False)
+    plain, _ = convert.load(tmp_path / "plain")
+    idx = torch.randint(0, 259, (1, 9))
+    assert torch.equal(plain(idx, 0), model(idx, 0))
+
+
+@pytest.mark.parametrize("flags, dtype", [([], torch.float16), (["--dtype=bf16"], torch.bfloat16)])
+def test_weights_stay_as_stored_unless_told(tmp_path, command, flags, dtype):
+    convert.save(random_model().half(), None, tmp_path / "half")
+    code, _, err = command(convert, tmp_path / "half", tmp_path / "out", *flags)
+    assert code == 0, err
+    assert {t.dtype for t in load_file(tmp_path / "out" / "model.safetensors").values()} == {dtype}
 
 
 def broken(tmp_path, family="llama", tensors=None, **config):
@@ -120,7 +184,7 @@ def broken(tmp_path, family="llama", tensors=None, **config):
         (dict(layer_types=["sliding_attention"] * 4), "sliding window is not supported"),
         (dict(rope_scaling=dict(rope_type="yarn", factor=4.0)), "rope_type yarn is not supported"),
         (dict(model_type="qwen3_moe"), "model_type qwen3_moe is not supported"),
-        (dict(num_hidden_layers="gone"), "does not say n_layer"),
+        (dict(num_hidden_layers="gone"), "not the config of a model we know .*n_layer"),
         (dict(num_hidden_layers=3), "layers.3.input_layernorm.weight unknown"),
         (dict(num_hidden_layers=5), "layers.4.input_layernorm.weight missing"),
         (dict(intermediate_size=96), r"mlp.gate_proj.weight \+ layers.0.mlp.up_proj.weight shaped \[80, 32\]"),
@@ -148,19 +212,17 @@ def test_damaged_and_missing_files_are_named(tmp_path):
     with pytest.raises(InputError, match="model.safetensors is missing"):
         convert.load(directory)
     (directory / "config.json").write_text("{")
-    with pytest.raises(InputError, match="config.json is not a model's config"):
+    with pytest.raises(InputError, match="config.json is not the config of a model we know"):
         convert.load(directory)
     (directory / "config.json").unlink()
     with pytest.raises(InputError, match="holds no config.json"):
         convert.load(directory)
-    with pytest.raises(InputError, match="encoder_layer is no field of Config"):
-        convert.load(GOLDEN / "llama", encoder_layer=2)
 
 
 def test_tokenizer_of_another_model_is_refused(tmp_path):
     directory = broken(tmp_path)
     shutil.copy(GOLDEN / "tokenizers" / "gpt2.json", directory / "tokenizer.json")
-    with pytest.raises(InputError, match="703 tokens, the model embeds 259: they do not belong together"):
+    with pytest.raises(InputError, match="703 tokens, its model embeds 259: they do not belong together"):
         convert.load(directory)
 
 
@@ -198,9 +260,16 @@ class Hub(BaseHTTPRequestHandler):
             return self.send_error(state["status"])
         if prefix.startswith("/cdn"):
             prefix = state["repo"]
-        elif name.endswith(".safetensors"):
+        elif name.endswith(".safetensors") and prefix == state["repo"] and (state["directory"] / name).exists():
             self.send_response(302)
-            self.send_header("Location", f"/cdn/{name}")
+            self.send_header("Location", f"http://localhost:{self.server.server_port}/cdn/{name}")  # another host
+            weights = (state["directory"] / name).read_bytes()
+            self.send_header("X-Linked-Size", str(state.get("size", len(weights))))
+            self.send_header("X-Linked-Etag", f'"{state.get("sha256") or hashlib.sha256(weights).hexdigest()}"')
+            return self.end_headers()
+        elif state.get("moved") and prefix == state["moved"]:  # a model that was renamed
+            self.send_response(307)
+            self.send_header("Location", f"{state['repo']}/{name}")
             return self.end_headers()
         path = state["directory"] / name
         if prefix != state["repo"] or not path.exists():
@@ -210,6 +279,8 @@ class Hub(BaseHTTPRequestHandler):
         self.send_response(206 if start else 200)
         self.send_header("Content-Length", str(len(data) - start))
         self.end_headers()
+        if name == state.get("other"):  # another version than the one that was begun
+            data = bytes(len(data))
         if name == state.get("break_off"):
             state["break_off"] = None
             data = data[: len(data) // 2]
@@ -237,6 +308,9 @@ def test_download_once_with_token_and_revision(hub, monkeypatch):
     asked = len(hub["asked"])
     convert.load("owner/name")
     assert len(hub["asked"]) == asked
+    hub["moved"], hub["repo"] = "/old/name/resolve/main", "/new/name/resolve/main"
+    convert.load("old/name")
+    assert all(("Authorization" in headers) != path.startswith("/cdn") for path, headers in hub["asked"])
     hub["repo"] = "/owner/name/resolve/v2"
     convert.load("owner/name@v2")
     assert hub["asked"][-1][0] == "/cdn/model.safetensors" and len(hub["asked"]) > asked
@@ -249,6 +323,49 @@ def test_broken_download_is_named_and_resumed(hub):
     convert.load("owner/name")
     size = (GOLDEN / "llama" / "model.safetensors").stat().st_size
     assert hub["asked"][-1][1]["Range"] == f"bytes={size // 2}-"
+
+
+@pytest.mark.parametrize("lie", [dict(sha256="0" * 64), dict(size=100)])
+def test_a_file_that_is_not_what_the_hub_states_is_thrown_away(hub, lie):
+    hub |= lie
+    with pytest.raises(InputError, match="model.safetensors is not what the hub states"):
+        convert.load("owner/name")
+    assert not list(convert.cache_dir().rglob("model.safetensors*"))
+    for key in lie:
+        del hub[key]
+    convert.load("owner/name")
+
+
+def test_a_file_shorter_than_stated_is_not_taken(hub):
+    hub["size"] = 10**6
+    with pytest.raises(InputError, match="broke off after [0-9]+ of 1000000 bytes: run it again"):
+        convert.load("owner/name")
+
+
+def test_a_rest_of_another_version_is_found_out(hub):
+    hub["break_off"] = "model.safetensors"
+    with pytest.raises(InputError):
+        convert.load("owner/name")
+    hub["other"] = "model.safetensors"
+    with pytest.raises(InputError, match="not what the hub states"):
+        convert.load("owner/name")
+    hub["other"] = None
+    convert.load("owner/name")
+
+
+def test_a_copy_of_the_hubs_own_tools_is_used_in_place(tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_HOME", str(tmp_path))
+    kept = tmp_path / "hub" / "models--owner--name"
+    shutil.copytree(GOLDEN / "qwen3", kept / "snapshots" / "abc123")
+    (kept / "refs").mkdir()
+    (kept / "refs" / "main").write_text("abc123\n")
+    for name in ("owner/name", "owner/name@main", "owner/name@abc123"):
+        assert convert.resolve(name) == kept / "snapshots" / "abc123"
+    convert.load("owner/name")
+    assert not list(convert.cache_dir().rglob("*.safetensors"))
+    next((kept / "snapshots" / "abc123").glob("*-of-*")).unlink()  # no longer whole
+    with pytest.raises(InputError, match="cannot fetch"):
+        convert.load("owner/name")
 
 
 def test_short_name_and_sharded_checkpoint(hub, tmp_path):
@@ -284,7 +401,7 @@ def test_offline_says_so():
 # ---- tokenizers
 
 
-@pytest.mark.parametrize("family", ["gpt2", "llama3", "qwen3", "smollm2"])
+@pytest.mark.parametrize("family", ["gpt2", "llama3", "qwen3", "smollm2", "llama2"])
 def test_ids_and_text_of_the_tokenizers_library(family):
     tokenizer = convert.Tokenizer(json.loads((GOLDEN / "tokenizers" / f"{family}.json").read_text(encoding="utf-8")))
     expected = json.loads((GOLDEN / "tokenizers" / f"{family}.expected.json").read_text(encoding="utf-8"))
@@ -292,13 +409,90 @@ def test_ids_and_text_of_the_tokenizers_library(family):
     for row in expected:
         assert tokenizer.encode(row["text"]) == row["ids"]
         assert tokenizer.decode(row["ids"]) == row["decoded"]
-    assert tokenizer.n_vocab == 703 or family == "smollm2"
+    assert tokenizer.n_vocab == (703 if family in ("gpt2", "llama3", "qwen3") else 700)
 
 
-def test_unsupported_tokenizers_are_named():
-    spec = json.loads((GOLDEN / "tokenizers" / "llama2.json").read_text(encoding="utf-8"))
-    with pytest.raises(InputError, match="BPE after Sequence and none is not supported"):
-        convert.Tokenizer(spec)
+def golden_spec(family):
+    return json.loads((GOLDEN / "tokenizers" / f"{family}.json").read_text(encoding="utf-8"))
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (dict(pre_tokenizer=dict(type="Whitespace")), "BPE after Sequence and Whitespace is not supported"),
+        (dict(normalizer=dict(type="Lowercase")), "BPE after Lowercase and none is not supported"),
+        (dict(model=dict(type="Unigram", vocab={})), "Unigram after Sequence and none is not supported"),
+    ],
+)
+def test_unsupported_tokenizers_are_named(change, message):
+    with pytest.raises(InputError, match=message):
+        convert.Tokenizer(golden_spec("llama2") | change)
+
+
+def test_sentencepiece_puts_a_space_where_the_file_says():
+    words = dict(type="Metaspace", replacement="▁", split=False)
+    text = "the<s>the <s> the"
+    wanted = {"always": " the<s> the <s> the", "first": " the<s>the <s> the", "never": "the<s>the <s> the"}
+    for scheme, spaced in wanted.items():
+        spec = golden_spec("llama2") | dict(normalizer=None, pre_tokenizer=words | dict(prepend_scheme=scheme))
+        tokenizer = convert.Tokenizer(spec)
+        assert tokenizer.decode_bytes(tokenizer.encode(text)).decode() == spaced
+    tokenizer = convert.Tokenizer(golden_spec("llama2"))  # the older kind puts one before every part
+    assert tokenizer.decode_bytes(tokenizer.encode(text)).decode() == " the<s> the <s>  the"
+    assert tokenizer.decode(tokenizer.encode("the")) == "the"
+
+
+def test_tokens_that_join_words():
+    spec = golden_spec("llama2")
+    spec["model"]["vocab"] |= {"e▁t": 700}
+    spec["model"]["merges"].insert(0, ["e", "▁t"])
+    tokenizer = convert.Tokenizer(spec)
+    assert 700 in tokenizer.encode("the tee") and not tokenizer.border.search("the tee\nthe tee")
+
+
+def test_added_tokens_take_the_spaces_that_they_are_to():
+    spec = golden_spec("gpt2")
+    for token in spec["added_tokens"]:
+        token["lstrip"], token["rstrip"] = token["id"] == 701, token["id"] != 700
+    tokenizer = convert.Tokenizer(spec)
+    a = tokenizer.encode("a")
+    assert tokenizer.encode("a <|im_start|> a") == [*a, 701, *a]
+    assert tokenizer.encode("a<|im_end|>  a") == [*a, 702, *a]
+    assert tokenizer.encode("a<|endoftext|> a") == [*a, 700, *tokenizer.encode(" a")]
+
+
+def test_whole_words_without_merges():
+    spec = golden_spec("llama3")
+    spec["model"]["vocab"] |= {"Ġxyzzy": 703}
+    spec["model"]["ignore_merges"] = True
+    assert convert.Tokenizer(spec).encode("a xyzzy")[1:] == [703]
+
+
+def test_what_stands_before_each_text(tmp_path):
+    spec = golden_spec("llama2")
+    single = [dict(SpecialToken=dict(id="<s>", type_id=0)), dict(Sequence=dict(id="A", type_id=0))]
+    template = dict(type="TemplateProcessing", single=single, special_tokens={"<s>": dict(id="<s>", ids=[1])})
+    for processor in (template, dict(type="Sequence", processors=[dict(type="ByteLevel"), template])):
+        tokenizer = convert.Tokenizer(spec | dict(post_processor=processor))
+        assert tokenizer.begin == [1]
+    (tmp_path / "a.txt").write_text("the")
+    assert convert.load_tokens([tmp_path / "a.txt"], tokenizer).tolist() == [1, *tokenizer.encode("the"), 2]
+
+
+def test_vocab_and_merges_of_older_checkpoints(tmp_path):
+    spec = golden_spec("gpt2")
+    merges = [m if isinstance(m, str) else " ".join(m) for m in spec["model"]["merges"]]
+    vocab = spec["model"]["vocab"] | {"<|endoftext|>": 700}
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "vocab.json").write_text(json.dumps(vocab))
+    (tmp_path / "merges.txt").write_text("\n".join(["#version: 0.2", *merges, ""]), encoding="utf-8")
+    (tmp_path / "added_tokens.json").write_text(json.dumps({"<|im_start|>": 701, "<|im_end|>": 702}))
+    tokenizer = convert.load_tokenizer(tmp_path)
+    for row in json.loads((GOLDEN / "tokenizers" / "gpt2.expected.json").read_text(encoding="utf-8")):
+        assert tokenizer.encode(row["text"]) == row["ids"] and tokenizer.decode(row["ids"]) == row["decoded"]
+    (tmp_path / "tokenizer_config.json").write_text('{"tokenizer_class": "Qwen2Tokenizer"}')
+    with pytest.raises(InputError, match="does not say how Qwen2Tokenizer cuts text"):
+        convert.load_tokenizer(tmp_path)
 
 
 def test_bytes_are_their_own_tokens():
@@ -325,16 +519,16 @@ def test_texts_become_tokens_once(tmp_path):
     assert convert.load_tokens(convert.find_files(str(tmp_path)), tokenizer)[:6].tolist() == list(b"anders")
 
 
-@pytest.mark.parametrize("family", ["gpt2", "llama3", "qwen3", "smollm2"])
+@pytest.mark.parametrize("family", ["gpt2", "llama3", "qwen3", "smollm2", "llama2"])
 def test_pieces_do_not_change_the_tokens(tmp_path, family):
     tokenizer = convert.Tokenizer(json.loads((GOLDEN / "tokenizers" / f"{family}.json").read_text(encoding="utf-8")))
     path = tmp_path / "text.txt"
     verse = "".join(f"Line {i} of it,\nit's; {i * i}\n" for i in range(300)) + "x\r\ny\n\n\n z.\n9\n'll _\n_"
     path.write_text(verse + (ROOT / "loopus.py").read_text(encoding="utf-8"), encoding="utf-8")
-    pieces = list(convert.pieces(path, size=100))
+    pieces = list(convert.pieces(path, tokenizer.border, size=100))
     text = path.read_text(encoding="utf-8")
     assert len(pieces) > 50 and "".join(pieces) == text
-    assert [i for piece in pieces for i in tokenizer.encode(piece)] == tokenizer.encode(text)
+    assert [i for n, piece in enumerate(pieces) for i in tokenizer.encode(piece, n > 0)] == tokenizer.encode(text)
 
 
 @pytest.mark.parametrize("dtype", [np.uint16, np.uint32])

@@ -47,6 +47,9 @@ def test_states_gate_and_confidence_of_the_authors_code(family):
         greedy = expected[f"greedy{loops}"]
         tokens, passes = model.generate(greedy[:, :8], 16, max_loops=loops, threshold=2, temperature=0)
         assert torch.equal(tokens, greedy) and (passes == loops).all()
+    h, passes = early_exit(model, expected["input_ids"], 8, expected["halt_threshold"], together=True)
+    assert (passes == expected["halt_loops"][:, None]).all() and len(set(expected["halt_loops"].tolist())) > 1
+    torch.testing.assert_close(model.decode(h), expected["halt_logits"], **close)
 
 
 def test_gate_is_equations_3_to_5(model):
