@@ -19,7 +19,7 @@ import urllib.request
 from argparse import SUPPRESS, ArgumentParser, BooleanOptionalAction
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field, fields, replace
-from functools import partial
+from functools import lru_cache, partial
 from itertools import takewhile
 from pathlib import Path
 
@@ -191,14 +191,18 @@ def read_model(directory, layout, config, tied, device, dtype):
     with torch.device("meta"):
         model = LoopUS(config)
     files, state, used, problems = tensor_files(directory), {}, set(), []
-    for name, there, transposed in sources(model, layout):
+    opened = lru_cache(maxsize=1)(partial(safe_open, framework="pt"))
+    for count, (name, there, transposed) in enumerate(sources(model, layout)):
+        if count % 8 == 0:
+            opened.cache_clear()  # what was read of a file stays in memory until it is closed
         there = [bare(n) for n in there]
         used.update(there)
         if tied and name == "lm_head.weight":
             there = [bare(layout["names"]["wte"]) + ".weight"]
         shape = model.get_parameter(name).shape
         missing = [n for n in there if n not in files]
-        parts = [files[n]().T if transposed else files[n]() for n in there if n in files]
+        parts = [opened(file).get_tensor(n) for file, n in (files[n] for n in there if n in files)]
+        parts = [part.T for part in parts] if transposed else parts
         rows = [len(part) for part in parts]
         if missing:
             problems.append(f"{' and '.join(missing)} missing")
@@ -237,7 +241,7 @@ def shards(directory):
 
 
 def tensor_files(directory):
-    """{bare name: function that maps the tensor} over all safetensors files of a checkpoint."""
+    """{bare name: (file, name in it)} over all safetensors files of a checkpoint."""
     found = {}
     for path in shards(directory):
         if not path.exists():
@@ -246,11 +250,9 @@ def tensor_files(directory):
             )
         try:
             with safe_open(path, "pt") as file:
-                names = [name for name in file.keys() if not name.endswith(HARMLESS)]
+                found |= {bare(name): (path, name) for name in file.keys() if not name.endswith(HARMLESS)}
         except SafetensorError as e:
             raise InputError(f"{path} is damaged ({e}): fetch or write it again") from None
-        # each tensor through an opening of its own: then no page of the file stays in memory
-        found |= {bare(name): partial(lambda p, n: safe_open(p, "pt").get_tensor(n), path, name) for name in names}
     return found
 
 
@@ -418,10 +420,10 @@ ALPHABET = {b: chr(b) for b in VISIBLE} | {b: chr(256 + i) for i, b in enumerate
 
 def byte_level(model):
     """→ {bytes: its ids} in the order of merging; a byte that the vocabulary lacks has none, and vanishes."""
-    byte_of = {character: b for b, character in ALPHABET.items()}
-    tokens = [*byte_of, *merged(model), *(model["vocab"] if model.get("ignore_merges") else ())]
-    ids = {token: (model["vocab"][token],) if token in model["vocab"] else () for token in tokens}
-    return {bytes(byte_of[c] for c in token): i for token, i in ids.items() if not set(token) - set(byte_of)}
+    byte_of, vocab = {ord(character): b for b, character in ALPHABET.items()}, model["vocab"]
+    whole = (t for t in vocab if model.get("ignore_merges") and byte_of.keys() >= set(map(ord, t)))
+    tokens = [*ALPHABET.values(), *merged(model), *whole]
+    return {t.translate(byte_of).encode("latin-1"): (vocab[t],) if t in vocab else () for t in tokens}
 
 
 def sentencepiece(model):
@@ -473,8 +475,7 @@ class Tokenizer:
         steps = (step for step in after.get("processors", [after]) if step.get("type") == "TemplateProcessing")
         template = next(steps, dict(single=[]))
         before = takewhile(lambda item: "SpecialToken" in item, template["single"])
-        names = (item["SpecialToken"]["id"] for item in before)
-        self.begin = [i for name in names for i in template["special_tokens"][name]["ids"]]  # such as <s>
+        self.begin = [i for item in before for i in template["special_tokens"][item["SpecialToken"]["id"]]["ids"]]
         ends = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<|im_end|>")
         self.end_of_text = next((self.added[name] for name in ends if name in self.added), None)
 
@@ -580,7 +581,7 @@ def find_files(data):
     found = sorted(f for f in found if f.is_file() and not f.name.startswith("."))
     if not any(f.stat().st_size for f in found):
         raise InputError(
-            f"{data} {'is empty' if found else 'matches no file'}: expected text, a directory, a glob or .bin"
+            f"{data} {'is empty' if found else 'matches no file'}: expected text, a directory, a glob, .bin"
         )
     return found
 
@@ -691,8 +692,8 @@ def cut(model, encoder, decoder):
     """Move the borders between encoder, reasoning block and decoder, in place."""
     model.config = replace(model.config, encoder_layers=encoder, decoder_layers=decoder)
     layers, end = model.layers(), model.config.n_layer - decoder
-    stacks = layers[:encoder], layers[encoder:end], layers[end:]
-    model.encoder, model.reasoning, model.decoder = (torch.nn.ModuleList(stack) for stack in stacks)
+    stacks = map(torch.nn.ModuleList, (layers[:encoder], layers[encoder:end], layers[end:]))
+    model.encoder, model.reasoning, model.decoder = stacks
 
 
 # ---- The command line, the same for all programs

@@ -210,9 +210,9 @@ class LoopUS(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.config = c = config
-        self.wte = nn.Embedding(c.vocab_size, c.n_embd)
+        self.wte = nn.Embedding.from_pretrained(torch.empty(c.vocab_size, c.n_embd), freeze=False)  # not drawn yet
         if not c.rope_theta:
-            self.wpe = nn.Embedding(c.block_size, c.n_embd)
+            self.wpe = nn.Embedding.from_pretrained(torch.empty(c.block_size, c.n_embd), freeze=False)
         self.encoder = nn.ModuleList(Block(c) for _ in range(c.encoder_layers))
         self.reasoning = nn.ModuleList(Block(c) for _ in range(c.reasoning_layers))
         self.decoder = nn.ModuleList(Block(c) for _ in range(c.decoder_layers))
@@ -338,11 +338,9 @@ class LoopUS(nn.Module):
         """Continue idx (B, T) by max_new_tokens tokens of at most max_loops passes each; a token stops at the first
         pass with q ≥ threshold (above 1: never). temperature=0 is greedy, max_loops=0 the pretrained model. → tokens
         (B, T + max_new_tokens), passes (B, max_new_tokens). Raises InputError if idx is empty or too long."""
-        tokens, passes = [idx], [idx[:, :0]]
-        for token, depth in self.stream(idx, max_new_tokens, max_loops, threshold, temperature, top_k, generator):
-            tokens.append(token)
-            passes.append(depth[:, None])
-        return torch.cat(tokens, dim=1), torch.cat(passes, dim=1)
+        steps = [*self.stream(idx, max_new_tokens, max_loops, threshold, temperature, top_k, generator)]
+        passes = [idx[:, :0], *(depth[:, None] for _, depth in steps)]
+        return torch.cat((idx, *(token for token, _ in steps)), dim=1), torch.cat(passes, dim=1)
 
 
 def sample(logits, temperature, top_k, generator):

@@ -54,7 +54,6 @@ class Settings:
     warmup: int = flag(300, "steps until the peak learning rate (paper: 300), at most a tenth of --steps", 0)
     weight_decay: float = flag(0.1, "AdamW's, on matrices", 0)
     seed: int = flag(2026, "of the data order and the depths drawn (paper: 2026)")
-    # reports
     log_every: int = flag(10, "steps between log lines", 1)
     eval_every: int = flag(500, "steps between held-out losses and checkpoints", 1)
     eval_tokens: int = flag(16384, "held-out tokens per evaluation", 1)

@@ -161,6 +161,16 @@ def test_weights_stay_as_stored_unless_told(tmp_path, command, flags, dtype):
     assert {t.dtype for t in load_file(tmp_path / "out" / "model.safetensors").values()} == {dtype}
 
 
+def test_loading_needs_little_more_memory_than_the_model(tmp_path):
+    """In a process of its own; the pages of the mapped file count, and must not all stay."""
+    model = random_model(n_layer=20, n_embd=256, n_head=32, n_kv_head=32, n_inner=1024)
+    convert.save(model, None, tmp_path)
+    size = sum(p.nbytes for p in model.parameters())
+    command = [sys.executable, ROOT / "tests" / "benchmark_loading.py", "convert.load", tmp_path, "fp32"]
+    peak = float(subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()[1])
+    assert 0.5 * size < peak < 1.5 * size
+
+
 def broken(tmp_path, family="llama", tensors=None, **config):
     """A copy of a golden checkpoint with changes: tensors(dict) edits the weights, config the config.json."""
     directory = tmp_path / "broken"
