@@ -37,33 +37,27 @@ from loopus import Config, InputError, LoopUS, span
 # the whole family shares; only: keys of which other values are not supported; layer: the name of layer i of the
 # model, j of its stack; names: our module → its names there, stacked along the outputs
 
-KEYS = dict(
-    vocab_size="vocab_size", block_size="max_position_embeddings", n_layer="num_hidden_layers", n_embd="hidden_size",
-    n_head="num_attention_heads", n_kv_head="num_key_value_heads", head_dim="head_dim", n_inner="intermediate_size",
-    norm=("rms",), norm_eps="rms_norm_eps", mlp=("swiglu",), rope_theta="rope_theta", mlp_bias="mlp_bias",
-    partial_rotary="partial_rotary_factor", qkv_bias="attention_bias", out_bias="attention_bias",
+KEYS = dict(vocab_size="vocab_size", block_size="max_position_embeddings", n_layer="num_hidden_layers",
+    n_embd="hidden_size", n_head="num_attention_heads", n_kv_head="num_key_value_heads", head_dim="head_dim",
+    n_inner="intermediate_size", norm=("rms",), norm_eps="rms_norm_eps", mlp=("swiglu",), rope_theta="rope_theta",
+    mlp_bias="mlp_bias", partial_rotary="partial_rotary_factor", qkv_bias="attention_bias", out_bias="attention_bias",
 )  # fmt: skip
-NAMES = dict(
-    wte="model.embed_tokens", norm="model.norm", lm_head="lm_head", ln_1="input_layernorm", out="self_attn.o_proj",
+NAMES = dict(wte="model.embed_tokens", norm="model.norm", lm_head="lm_head", ln_1="input_layernorm",
     qkv="self_attn.q_proj self_attn.k_proj self_attn.v_proj", q_norm="self_attn.q_norm", k_norm="self_attn.k_norm",
-    ln_2="post_attention_layernorm", up="mlp.gate_proj mlp.up_proj", down="mlp.down_proj",
+    out="self_attn.o_proj", ln_2="post_attention_layernorm", up="mlp.gate_proj mlp.up_proj", down="mlp.down_proj",
 )  # fmt: skip
-LLAMA = dict(
-    config=KEYS, only=dict(hidden_act=("silu",), rope_type=("default", "llama3")), layer="model.layers.{i}", names=NAMES
-)
+ONLY = dict(hidden_act=("silu",), rope_type=("default", "llama3"))
+LLAMA = dict(config=KEYS, only=ONLY, layer="model.layers.{i}", names=NAMES)
 FAMILIES = {
     "gpt2": dict(
         layer="transformer.h.{i}", transposed=True,  # as its linear layers lie there
-        config=dict(
-            vocab_size="vocab_size", block_size="n_positions", n_layer="n_layer", n_head="n_head", n_kv_head="n_head",
-            n_embd="n_embd", n_inner="n_inner", norm=("layer",), norm_eps="layer_norm_epsilon", mlp=("gelu",),
-            rope_theta=(0.0,), qkv_bias=(True,), out_bias=(True,), mlp_bias=(True,)),
-        only=dict(
-            activation_function=("gelu_new", "gelu_pytorch_tanh"), scale_attn_weights=(True,),
+        config=dict(vocab_size="vocab_size", block_size="n_positions", n_layer="n_layer", n_head="n_head",
+            n_kv_head="n_head", n_embd="n_embd", n_inner="n_inner", norm=("layer",), norm_eps="layer_norm_epsilon",
+            mlp=("gelu",), rope_theta=(0.0,), qkv_bias=(True,), out_bias=(True,), mlp_bias=(True,)),
+        only=dict(activation_function=("gelu_new", "gelu_pytorch_tanh"), scale_attn_weights=(True,),
             scale_attn_by_inverse_layer_idx=(False,)),
-        names=dict(
-            wte="transformer.wte", wpe="transformer.wpe", norm="transformer.ln_f", lm_head="lm_head", ln_1="ln_1",
-            qkv="attn.c_attn", out="attn.c_proj", ln_2="ln_2", up="mlp.c_fc", down="mlp.c_proj")),
+        names=dict(wte="transformer.wte", wpe="transformer.wpe", norm="transformer.ln_f", lm_head="lm_head",
+            ln_1="ln_1", qkv="attn.c_attn", out="attn.c_proj", ln_2="ln_2", up="mlp.c_fc", down="mlp.c_proj")),
     "llama": LLAMA, "mistral": LLAMA,
     "qwen2": LLAMA | dict(config=KEYS | dict(qkv_bias=(True,), out_bias=(False,))),
     "qwen3": LLAMA | dict(config=KEYS | dict(qk_norm=(True,))),
@@ -77,7 +71,6 @@ LOOPED |= dict(gate="reasoning.gate", gate_down="reasoning.gate.dt_input_proj", 
 AUTHORS = {of: f | dict(layer="{stack}.layers.{j}", names=f["names"] | LOOPED) for of, f in FAMILIES.items()}
 HARMLESS = (".attn.bias", ".attn.masked_bias", ".rotary_emb.inv_freq")  # buffers that old checkpoints carry
 STEP = "step-" + "[0-9]" * 7  # a finished checkpoint of a training run; one being written has more to its name
-DTYPES = ("bf16", "fp32")
 # The paper's cuts (Fig. 16, 17) of Qwen3-1.7B, 4B, 8B, Phi-4, TinyLlama: (layers, width): (encoder, decoder layers).
 PAPER_CUTS = {(28, 2048): (2, 1), (36, 2560): (2, 1), (36, 4096): (6, 1), (40, 5120): (6, 1), (22, 2048): (1, 1)}
 
@@ -137,10 +130,8 @@ def written_config(config, format, dtype):
     if not config.rope_theta:
         raise InputError("the authors' format has no place for learned positions: expected a model with rotary ones")
     usual = dict(N=8, q_threshold=0.6, q_eval_interval=1, halting_strategy="threshold", convergence_epsilon=0.01)
-    written = usual | dict(vocab_size=config.vocab_size, hidden_size=config.n_embd)
-    written |= (config.base if "base_config_dict" in config.base else {}) | dict(
-        model_type="lds", base_config_dict=base
-    )
+    written = usual | (config.base if "base_config_dict" in config.base else {}) | dict(base_config_dict=base)
+    written |= dict(model_type="lds", vocab_size=config.vocab_size, hidden_size=config.n_embd)
     ends = [0, config.encoder_layers, config.n_layer - config.decoder_layers, config.n_layer]
     for stack, first, end in zip(("encoder", "reasoning", "decoder"), ends, ends[1:]):
         written[f"{stack}_layer_indices"] = list(range(first, end))
@@ -245,9 +236,7 @@ def tensor_files(directory):
     found = {}
     for path in shards(directory):
         if not path.exists():
-            raise InputError(
-                f"{path} is missing: expected safetensors (pickled .bin files can run code, and are not read)"
-            )
+            raise InputError(f"{path} is missing: expected safetensors (pickled .bin files can run code: not read)")
         try:
             with safe_open(path, "pt") as file:
                 found |= {bare(name): (path, name) for name in file.keys() if not name.endswith(HARMLESS)}
@@ -310,8 +299,10 @@ def cache_dir():
 
 
 def resolve(src):
-    """`src` → the directory of its checkpoint: a directory, the newest step of a training run, or a download."""
-    path = Path(src)
+    """`src` → the directory of its checkpoint: itself, a run's newest step, a download; "": the last of train.py."""
+    if not src and not (cache_dir() / "last").exists():
+        raise InputError("no --init, and train.py has written no model yet: run python train.py, or name a model")
+    path = Path(src or (cache_dir() / "last").read_text())
     if (path / "config.json").exists():
         return path
     if steps := sorted(path.glob(f"{STEP}/config.json")):
@@ -340,7 +331,7 @@ def download(name, revision):
     directory.mkdir(parents=True, exist_ok=True)
     fetch(url, "config.json", directory)
     if not fetch(url, "tokenizer.json", directory, optional=True):
-        for file in ("vocab.json", "merges.txt", "added_tokens.json", "tokenizer_config.json"):
+        for file in ("vocab.json", "merges.txt", "added_tokens.json"):
             fetch(url, file, directory, optional=True)
     if not fetch(url, "model.safetensors", directory, optional=True):
         if not fetch(url, "model.safetensors.index.json", directory, optional=True):
@@ -461,14 +452,12 @@ class Tokenizer:
         self.border = re.compile({WORDS: r"(?<=[^ ])(?= )", WHOLE: r"(?!)"}.get(split, r"(?<=\S\n)(?=\w)"))
         added = sorted(spec.get("added_tokens") or [], key=lambda t: -len(t["content"]))
         self.added = {t["content"]: t["id"] for t in added}
-        space = {True: r"\s*"}  # which an added token takes with it
-        found = [space.get(t["lstrip"], "") + re.escape(t["content"]) + space.get(t["rstrip"], "") for t in added]
+        found = [r"\s*" * t["lstrip"] + re.escape(t["content"]) + r"\s*" * t["rstrip"] for t in added]
         self.is_added = re.compile(f"({'|'.join(found)})" if added else "(?!)")
         self.n_vocab = 1 + max([*vocab.values(), *self.added.values()])
         self.bytes_of = [b""] * self.n_vocab
-        fallback = {bytes([b]): (vocab[f"<0x{b:02X}>"],) for b in range(256) if self.prefix}
         whole = {content.encode(): (i,) for content, i in self.added.items()}
-        for data, ids in (*fallback.items(), *ids_of.items(), *whole.items()):
+        for data, ids in (*ids_of.items(), *whole.items()):
             if len(ids) == 1:
                 self.bytes_of[ids[0]] = data
         after = spec.get("post_processor") or {}
@@ -511,14 +500,13 @@ def text_style(spec, where):
     kinds = [step["type"] for step in steps]
     nfc = normalizer == {"type": "NFC"}
     plain = steps[-1].get("use_regex", True) and not steps[-1].get("add_prefix_space")
-    bpe = model.get("type", "BPE") == "BPE"
-    if bpe and model.get("byte_fallback"):
+    if model.get("byte_fallback"):
         split = WHOLE if any(re.search(f"[^{SPACE}]{SPACE}", token) for token in merged(model)) else WORDS
         if kinds == ["none"] and normalizer == PREPEND:
             return split, False, "each"
         if kinds == ["Metaspace"] and normalizer is None and steps[0].get("split") is False:
             return split, False, steps[0].get("prepend_scheme", "always")
-    elif bpe and (nfc or normalizer is None):
+    elif model.get("type", "BPE") == "BPE" and (nfc or normalizer is None):
         if kinds == ["ByteLevel"] and plain:
             return GPT2_SPLIT, nfc, ""
         if kinds == ["Digits", "ByteLevel"] and steps[0].get("individual_digits") and plain:
@@ -552,21 +540,17 @@ def load_tokenizer(src):
         return None
     try:
         spec = json.loads(path.read_text(encoding="utf-8"))
-        return Tokenizer(spec if path.name == "tokenizer.json" else older_spec(spec, directory), path)
+        if path.name == "vocab.json":  # GPT-2's older files; for others they do not say how text is cut
+            if json.loads((directory / "config.json").read_text())["model_type"] != "gpt2":
+                raise InputError(f"{directory} has a vocab.json, but no tokenizer.json: fetch it")
+            more, merges = directory / "added_tokens.json", (directory / "merges.txt").read_text(encoding="utf-8")
+            added = {token: i for token, i in spec.items() if token == "<|endoftext|>"}
+            added |= json.loads(more.read_text(encoding="utf-8")) if more.exists() else {}
+            merges = [line for line in merges.split("\n") if line and not line.startswith("#version")]
+            spec = byte_level_spec(spec, merges, added)
+        return Tokenizer(spec, path)
     except (json.JSONDecodeError, KeyError, TypeError) as e:
         raise InputError(f"{path} is no tokenizer that can be read ({e!r}): fetch it again") from None
-
-
-def older_spec(vocab, directory):
-    """What GPT-2's tokenizer.json would say, from its older files."""
-    merges = (directory / "merges.txt").read_text(encoding="utf-8").split("\n")
-    more, config = directory / "added_tokens.json", directory / "tokenizer_config.json"
-    kind = json.loads(config.read_text(encoding="utf-8")).get("tokenizer_class") if config.exists() else None
-    if kind not in (None, "GPT2Tokenizer", "GPT2TokenizerFast"):
-        raise InputError(f"{directory}: its vocab.json does not say how {kind} cuts text: fetch its tokenizer.json")
-    added = {token: i for token, i in vocab.items() if token == "<|endoftext|>"}
-    added |= json.loads(more.read_text(encoding="utf-8")) if more.exists() else {}
-    return byte_level_spec(vocab, [line for line in merges if line and not line.startswith("#version")], added)
 
 
 # ---- Text
@@ -574,15 +558,12 @@ def older_spec(vocab, directory):
 
 def find_files(data):
     """A file, a directory (all its files), a glob, or "python": the source of its standard library → sorted paths."""
-    if data == "python":
-        data = f"{sysconfig.get_paths()['stdlib']}/*.py"
+    data = f"{sysconfig.get_paths()['stdlib']}/*.py" if data == "python" else data
     pattern = f"{data}/**" if Path(data).is_dir() else data
     found = [Path(data)] if Path(data).is_file() else map(Path, glob.glob(pattern, recursive=True))
     found = sorted(f for f in found if f.is_file() and not f.name.startswith("."))
     if not any(f.stat().st_size for f in found):
-        raise InputError(
-            f"{data} {'is empty' if found else 'matches no file'}: expected text, a directory, a glob, .bin"
-        )
+        raise InputError(f"{data} {'is empty' if found else 'matches no file'}: expected text, a directory, a glob")
     return found
 
 
@@ -670,7 +651,7 @@ def sample_text(model, tokenizer):
 def layer_distances(model, idx):
     """1 − cos of the states entering and leaving each layer, mean over the tokens idx (B, T): (n_layer,)."""
     at = span(model.config, 0, idx.size(1), idx.device)
-    h, distances = model.embed(idx), []
+    h, distances = model.embed(idx, at), []
     for block in model.layers():
         before, h = h, block(h, at)
         distances.append(1 - F.cosine_similarity(before.float(), h.float(), dim=-1).mean())
@@ -752,14 +733,6 @@ def pick_device(name, dtype):
     return device, dtype, partial(torch.autocast, device.type, dtype, enabled=bf16)
 
 
-def last_model():
-    """The checkpoint that train.py wrote last, for programs that are not told which to take."""
-    note = cache_dir() / "last"
-    if not note.exists():
-        raise InputError("no --init, and train.py has written no model yet: run python train.py, or name a model")
-    return note.read_text()
-
-
 def progress(what, done, total):
     """One line on a terminal that fills up and goes when it is full; nothing where the output is a file."""
     if sys.stderr.isatty():
@@ -768,42 +741,51 @@ def progress(what, done, total):
 
 
 @dataclass
+class Inference:
+    """What sample.py and eval.py have in common."""
+
+    init: str = flag("", "model: directory or hub name; empty: the one train.py wrote last")
+    max_loops: int = flag(8, "most passes per token; 8 is the paper's budget, 0 the pretrained model", 0)
+    halt: str = flag("threshold", "how a token stops: or convergence, cdf", None, ("threshold", "convergence", "cdf"))
+    threshold: float = flag(0.6, "confidence at which a token stops (paper: 0.6); above 1: never")
+    epsilon: float = flag(1.0, "for convergence: length of a step at which it stops (paper: 0.1 … 100)", 0)
+    min_loops: int = flag(1, "passes that each token takes at least", 1)
+    device: str = flag("", "cpu, cuda or mps; empty: the best there is")
+    dtype: str = flag("", "empty: bf16 where the device is good at it", None, ("bf16", "fp32"))
+
+
+@dataclass
 class Settings:
     """Write a pretrained model as a LoopUS checkpoint, or show where --profile would cut it."""
 
     src: str = flag("", "hub name or directory of the model")
     out: str = flag("", "directory to write")
-    format: str = flag(
-        "loopus", "hf: unlooped, for other tools; authors: for theirs", None, ("loopus", "hf", "authors")
-    )
+    format: str = flag("loopus", "or hf: unlooped, for any tool; authors: theirs", None, ("loopus", "hf", "authors"))
     dtype: str = flag("", "of the weights to write; empty: as they are stored", None, ("fp32", "bf16", "fp16"))
     profile: bool = flag(False, "show how much each layer changes the state, the cuts, and the untrained losses")
-    data: str = flag("", "text to profile on; empty: a page about LoopUS")
     encoder_layers: int = flag(-1, "layers before the loop; -1: the paper's cut, or by the profile")
     decoder_layers: int = flag(-1, "layers after the loop; -1: likewise")
     gate_start: str = flag("", "first α of every channel, or s4d: the authors' start; empty: 0.5")
 
 
-def show_profile(model, tokenizer, data):
+def show_profile(model, tokenizer):
     """Print a bar per layer, the cuts, and the untrained losses of these and of their neighbours."""
-    from eval import depth_losses, windows  # eval.py reads models through this file
+    from eval import depth_losses  # eval.py reads models through this file
 
     sequences = sample_text(model, tokenizer)
-    if data:
-        sequences = windows(load_tokens(find_files(data), tokenizer), min(256, model.config.block_size), 2048)
     distances = layer_distances(model, sequences[:, :-1])
     n, encoder, decoder = model.config.n_layer, model.config.encoder_layers, model.config.decoder_layers
     print("1 − cos between the states that enter and leave each layer")
     for i, d in enumerate(distances.tolist()):
         part = "encoder" if i < encoder else "decoder" if i >= n - decoder else "loop"
         print(f"layer {i:>2}  {part:7}  {d:6.3f}  {'█' * round(50 * d / distances.max().item())}")
-    print("by the rule: encoder {}, decoder {};".format(*choose_cuts(distances)), f"taken: {encoder}, {decoder}")
-    print("\nuntrained loss after    1        2        4        8 passes")
-    for e, d in ((encoder + a, decoder + b) for a, b in ((0, 0), (-1, 0), (1, 0), (0, -1), (0, 1))):
-        if e >= 0 and d >= 0 and e + d < n:
-            cut(model, e, d)
-            losses = depth_losses(model, sequences, [1, 2, 4, 8], 8, nullcontext)
-            print(f"cut {e:>2}, {d:<2}        " + "".join(f"{loss:9.3f}" for loss in losses.values()), flush=True)
+    rule = "by the rule: encoder {}, decoder {};".format(*choose_cuts(distances))
+    print(f"{rule} taken: {encoder}, {decoder}\n\nuntrained loss after    1        2        4        8 passes")
+    cuts = [(encoder + a, decoder + b) for a, b in ((0, 0), (-1, 0), (1, 0), (0, -1), (0, 1))]
+    for e, d in ((e, d) for e, d in cuts if min(e, d) >= 0 and e + d < n):
+        cut(model, e, d)
+        losses = depth_losses(model, sequences, [1, 2, 4, 8], 8, nullcontext)
+        print(f"cut {e:>2}, {d:<2}        " + "".join(f"{loss:9.3f}" for loss in losses.values()), flush=True)
     print(f"the model itself  {depth_losses(model, sequences, [0], 8, nullcontext)[0]:9.3f}")
 
 
@@ -815,7 +797,7 @@ def main():
     cuts = dict(encoder_layers=s.encoder_layers, decoder_layers=s.decoder_layers)
     model, tokenizer = load(s.src, "cpu", dtype, **cuts, gate_start=s.gate_start)
     if s.profile:
-        show_profile(model, tokenizer, s.data)
+        show_profile(model, tokenizer)
     if s.out:
         save(model, tokenizer, s.out, s.format)
         c = model.config

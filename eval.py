@@ -16,22 +16,17 @@ import torch
 
 import convert
 from convert import flag
-from loopus import InputError, early_exit, lm_loss
+from loopus import Halt, InputError, early_exit, lm_loss
 
 
 @dataclass
-class Settings:
-    """Held-out loss of a looped model at each depth and with confidence exit."""
+class Settings(convert.Inference):
+    """Held-out loss of a looped model at each depth up to max_loops, and with exit."""
 
-    init: str = flag("", "model: directory or hub name; empty: the one train.py wrote last")
     data: str = flag("", "held-out text: file, directory, glob or .bin; empty: what the model's training held out")
-    max_loops: int = flag(8, "deepest number of passes; 8 is the paper's budget", 0)
-    threshold: float = flag(0.6, "confidence at which a token stops (paper: 0.6)")
     context: int = flag(256, "tokens per sequence", 1)
     batch: int = flag(8, "sequences at a time", 1)
     tokens: int = flag(32768, "held-out tokens to read, spread evenly over the text", 1)
-    device: str = flag("", "cpu, cuda or mps; empty: the best there is")
-    dtype: str = flag("", "of autocast; empty: bf16 where the device is good at it", None, convert.DTYPES)
     json: bool = flag(False, "print one JSON object instead of the tables")
 
 
@@ -63,7 +58,7 @@ def depth_losses(model, sequences, depths, batch, autocast):
 
 
 @torch.no_grad()
-def exit_stats(model, sequences, max_loops, threshold, batch, autocast):
+def exit_stats(model, sequences, max_loops, halt, batch, autocast):
     """With confidence exit: mean loss, mean passes, histogram of tokens by their passes 1 … max_loops, and in ten bins
     of confidence the tokens, their mean confidence and how often the likeliest token was right; ece: the mean gap."""
     device = model.wte.weight.device
@@ -71,7 +66,7 @@ def exit_stats(model, sequences, max_loops, threshold, batch, autocast):
     for part in sequences.split(batch):
         x, y = part[:, :-1].to(device), part[:, 1:].to(device)
         with autocast():
-            h, taken = early_exit(model, x, max_loops, threshold)
+            h, taken = early_exit(model, x, max_loops, halt)
             logits = model.decode(h)
             loss += lm_loss(logits, y).item() * len(part) / len(sequences)
             confidence.append(torch.sigmoid(model.confidence(h).float()).flatten().cpu())
@@ -91,34 +86,33 @@ def exit_stats(model, sequences, max_loops, threshold, batch, autocast):
 def main():
     s = Settings(**convert.parse(Settings))
     device, _, autocast = convert.pick_device(s.device, s.dtype)
-    directory = convert.resolve(s.init or convert.last_model())
+    directory = convert.resolve(s.init)
     model, tokenizer = convert.load(directory, device=device)
     if s.data:
         tokens = convert.load_tokens(convert.find_files(s.data), tokenizer)
+    elif not (directory / "settings.json").exists():
+        raise InputError(f"{directory} does not say what text it was trained on: give --data")
     else:
-        if not (trained := directory / "settings.json").exists():
-            raise InputError(f"{directory} does not say what text it was trained on: give --data")
-        trained = json.loads(trained.read_text())
+        trained = json.loads((directory / "settings.json").read_text())
         tokens = convert.load_data(trained["data"], trained["val"], tokenizer)[1]
     context = min(s.context, model.config.block_size)
     sequences = windows(tokens, context, s.tokens)
     count = sequences[:, 1:].numel()
-    length = sum(len(tokenizer.bytes_of[i]) for i in sequences[:, 1:].flatten().tolist())
-    bits_per_byte = count / length / math.log(2)
+    bits_per_byte = count / sum(len(tokenizer.bytes_of[i]) for i in sequences[:, 1:].flatten().tolist()) / math.log(2)
     by_depth = depth_losses(model, sequences, range(s.max_loops + 1), s.batch, autocast)
-    exit = exit_stats(model, sequences, s.max_loops, s.threshold, s.batch, autocast)
+    halt = Halt(s.halt, s.threshold, s.epsilon, s.min_loops)
+    exit = exit_stats(model, sequences, s.max_loops, halt, s.batch, autocast)
     rows = [*((depth, depth, loss) for depth, loss in by_depth.items()), ("exit", exit["mean_passes"], exit["loss"])]
     names = "passes", "mean_passes", "loss", "perplexity", "bits_per_byte"
     rows = [dict(zip(names, (*row, math.exp(row[-1]), row[-1] * bits_per_byte))) for row in rows]
     if s.json:
-        print(json.dumps(dict(init=str(directory), tokens=count, depths=rows, threshold=s.threshold, exit=exit)))
+        print(json.dumps(dict(init=str(directory), tokens=count, depths=rows, **halt._asdict(), exit=exit)))
         return
-    print(f"{directory}: {count:,} held-out tokens in sequences of {context}")
+    print(f"{directory}: {count:,} held-out tokens in sequences of {context}; 0 passes: one ungated, as the base runs")
     print(f"{'passes':>8} {'mean':>6} {'loss':>8} {'perplexity':>11} {'bits/byte':>10}")
     for r in rows:
-        print("{passes:>8} {mean_passes:6.2f} {loss:8.4f} {perplexity:11.3f} {bits_per_byte:10.4f}".format(**r), end="")
-        print("  one ungated pass, as the base runs" if r["passes"] == 0 else "")
-    print(f"\npasses taken with exit at confidence {s.threshold}")
+        print("{passes:>8} {mean_passes:6.2f} {loss:8.4f} {perplexity:11.3f} {bits_per_byte:10.4f}".format(**r))
+    print("\npasses taken with exit, " + ", ".join(f"{k} {v}" for k, v in halt._asdict().items()))
     for b, n in enumerate(exit["histogram"], start=1):
         print(f"{b:>8} {'█' * round(40 * n / count):40} {n / count:6.1%}")
     print(f"\nconfidence at exit, and how often the likeliest token was right (mean gap, the ECE: {exit['ece']:.3f})")

@@ -82,22 +82,26 @@ class Config:
 
 
 class Span(NamedTuple):
-    """Where the T tokens of one call stand in the text, and which of them still loop."""
+    """Where the T tokens of one call stand, what they see in a cache, and which of them still loop."""
 
-    start: int  # position of the first one
-    cos: torch.Tensor | None  # rotary table (T, d/2) of the d rotated channels; None with learned positions
+    position: torch.Tensor  # (1, T)
+    cos: torch.Tensor | None  # rotary table (1, T, 1, d/2) of the d rotated channels; None: learned positions
     sin: torch.Tensor | None
-    running: torch.Tensor | None = None  # (B, T) bool: who writes keys and values in this pass; None: everyone
+    mask: torch.Tensor | None = None  # (T, S): which positions of a cache each token sees
+    rows: torch.Tensor | None = None  # (B,): which texts of a cache these are; None: all
+    running: torch.Tensor | None = None  # (B, T): who writes keys and values in this pass; None: everyone
 
 
-def span(config, start, T, device):
-    """The Span of positions start … start+T−1, everyone running. With Llama 3's rope_scaling, wavelengths beyond
-    original / low_freq_factor are stretched by `factor`, those under original / high_freq_factor are left, and in
-    between it goes smoothly from one to the other. Raises InputError past the context."""
+def span(config, start, T, device, size=None):
+    """The Span of positions start … start+T−1 of all texts, everyone running, with a cache of `size` positions or none.
+    With Llama 3's rope_scaling, wavelengths beyond original / low_freq_factor are stretched by `factor`, those under
+    original / high_freq_factor are left, and between it goes smoothly. Raises InputError past the context."""
     if start + T > config.block_size:
         raise InputError(f"{start + T} tokens do not fit the model's context of {config.block_size}: shorten the text")
+    position = torch.arange(start, start + T, device=device)
+    mask = None if size is None else torch.arange(size, device=device) <= position[:, None]
     if not config.rope_theta:
-        return Span(start, None, None)
+        return Span(position[None], None, None, mask)
     width = int(config.head_dim * config.partial_rotary)
     frequency = config.rope_theta ** -(torch.arange(0, width, 2, device=device).float() / width)
     if scaling := config.rope_scaling:
@@ -105,12 +109,12 @@ def span(config, start, T, device):
         low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
         kept = ((turns - low) / (high - low)).clamp(0, 1)
         frequency = frequency * (kept + (1 - kept) / scaling["factor"])
-    angle = torch.outer(torch.arange(start, start + T, device=device).float(), frequency)
-    return Span(start, angle.cos(), angle.sin())
+    angle = torch.outer(position.float(), frequency)[None, :, None]
+    return Span(position[None], angle.cos(), angle.sin(), mask)
 
 
 def rotate(x, cos, sin):
-    """Turn each pair of channels (i, i + d/2) of the first d of x (B, n, T, hd) by its position's angle."""
+    """Turn each pair of channels (i, i + d/2) of the first d of x (B, T, n, hd) by its position's angle."""
     half = cos.size(-1)
     x1, x2, rest = x[..., :half], x[..., half : 2 * half], x[..., 2 * half :]
     return torch.cat((x1 * cos - x2 * sin, x2 * cos + x1 * sin, rest), dim=-1).type_as(x)
@@ -120,39 +124,47 @@ def make_norm(c):
     return nn.LayerNorm(c.n_embd, eps=c.norm_eps) if c.norm == "layer" else nn.RMSNorm(c.n_embd, eps=c.norm_eps)
 
 
+class Linear(nn.Linear):
+    """nn.Linear that for one token, compiled for a CPU, is a sum: this reads the matrix at the memory's speed, twice as
+    fast as torch's own product of a matrix and a vector."""
+
+    def forward(self, x):
+        if x.numel() > self.in_features or not torch.compiler.is_compiling() or x.is_cuda or x.requires_grad:
+            return F.linear(x, self.weight, self.bias)
+        y = (self.weight.float() * x.float().flatten()).sum(dim=-1).type_as(x)
+        return (y if self.bias is None else y + self.bias).view(*x.shape[:-1], -1)
+
+
 class Block(nn.Module):
     def __init__(self, c):
         super().__init__()
         self.c = c
         self.ln_1 = make_norm(c)
-        self.qkv = nn.Linear(c.n_embd, (c.n_head + 2 * c.n_kv_head) * c.head_dim, bias=c.qkv_bias)
+        self.qkv = Linear(c.n_embd, (c.n_head + 2 * c.n_kv_head) * c.head_dim, bias=c.qkv_bias)
         if c.qk_norm:
-            self.q_norm = nn.RMSNorm(c.head_dim, eps=c.norm_eps)
-            self.k_norm = nn.RMSNorm(c.head_dim, eps=c.norm_eps)
-        self.out = nn.Linear(c.n_head * c.head_dim, c.n_embd, bias=c.out_bias)
+            self.q_norm, self.k_norm = (nn.RMSNorm(c.head_dim, eps=c.norm_eps) for _ in range(2))
+        self.out = Linear(c.n_head * c.head_dim, c.n_embd, bias=c.out_bias)
         self.ln_2 = make_norm(c)
-        self.up = nn.Linear(c.n_embd, c.n_inner * (2 if c.mlp == "swiglu" else 1), bias=c.mlp_bias)
-        self.down = nn.Linear(c.n_inner, c.n_embd, bias=c.mlp_bias)
+        self.up = Linear(c.n_embd, c.n_inner * (2 if c.mlp == "swiglu" else 1), bias=c.mlp_bias)
+        self.down = Linear(c.n_inner, c.n_embd, bias=c.mlp_bias)
 
     def attention(self, x, at, kv):
-        """Causal attention of x (B, T, C) at Span `at`. kv (2, B, m, S, hd), if given, holds the keys and values of the
-        positions before, and takes those of the tokens that still run; the others show what they left there."""
+        """Causal attention of x (B, T, C) at Span `at`. kv (2, texts, S, m, hd), if given, holds the keys and values of
+        the positions before, and takes those of the tokens that still run; the others show what they left there."""
         B, T, _ = x.shape
         n, m, hd = self.c.n_head, self.c.n_kv_head, self.c.head_dim
-        q, k, v = self.qkv(x).view(B, T, n + 2 * m, hd).transpose(1, 2).split((n, m, m), dim=1)  # (B, n or m, T, hd)
+        q, k, v = self.qkv(x).view(B, T, n + 2 * m, hd).split((n, m, m), dim=2)  # (B, T, n or m, hd)
         if self.c.qk_norm:
             q, k = self.q_norm(q), self.k_norm(k)
         if at.cos is not None:
             q, k = rotate(q, at.cos, at.sin), rotate(k, at.cos, at.sin)
-        mask = None
         if kv is not None:
-            end = at.start + T
-            new, here = torch.stack((k, v)), kv[..., at.start : end, :]  # (2, B, m, T, hd)
-            here.copy_(new if at.running is None else torch.where(at.running[:, None, :, None], new, here))
-            k, v = kv[..., :end, :]
-            if at.start and T > 1:  # query t sees the keys 0 … start + t
-                mask = torch.ones(T, end, dtype=torch.bool, device=x.device).tril(at.start)
-        y = F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None and T > 1, enable_gqa=n != m)
+            rows = torch.arange(B, device=x.device) if at.rows is None else at.rows
+            here, new = (slice(None), rows[:, None], at.position), torch.stack((k, v))  # (2, B, T, m, hd)
+            kv[here] = new if at.running is None else torch.where(at.running[..., None, None], new, kv[here])
+            k, v = kv if at.rows is None else kv[:, rows]
+        q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+        y = F.scaled_dot_product_attention(q, k, v, at.mask, is_causal=kv is None and T > 1, enable_gqa=n != m)
         return self.out(y.transpose(1, 2).reshape(B, T, n * hd))
 
     def mlp(self, x):
@@ -206,6 +218,26 @@ class SelectiveGate(nn.Module):
         return h + self.alpha(delta) * delta
 
 
+class Halt(NamedTuple):
+    """When a token stops (§3.1): after the first pass b ≥ min_loops for which, by the rule
+    threshold: q(h^b) ≥ threshold; convergence: ‖h^b − h^{b−1}‖₂ ≤ epsilon; cdf: 1 − Π_{j≤b} (1−q(h^j)) ≥ threshold."""
+
+    rule: str = "threshold"
+    threshold: float = 0.6
+    epsilon: float = 1.0
+    min_loops: int = 1
+
+    def stops(self, model, b, before, h, doubt):
+        """Who stops after pass b, from `before` to h (B, T, C)? → (B, T) bool. Adds log(1 − q) to doubt (B, T)."""
+        confidence = precise(model.confidence(h))
+        doubt += F.logsigmoid(-confidence)
+        if self.rule == "convergence":
+            stop = precise(h - before).norm(dim=-1) <= self.epsilon
+        else:
+            stop = (-torch.expm1(doubt) if self.rule == "cdf" else torch.sigmoid(confidence)) >= self.threshold
+        return stop & (b >= self.min_loops)
+
+
 class LoopUS(nn.Module):
     def __init__(self, config):
         super().__init__()
@@ -217,7 +249,7 @@ class LoopUS(nn.Module):
         self.reasoning = nn.ModuleList(Block(c) for _ in range(c.reasoning_layers))
         self.decoder = nn.ModuleList(Block(c) for _ in range(c.decoder_layers))
         self.norm = make_norm(c)
-        self.lm_head = nn.Linear(c.n_embd, c.vocab_size, bias=False)  # never tied: it trains, wte does not
+        self.lm_head = Linear(c.n_embd, c.vocab_size, bias=False)  # never tied: it trains, wte does not
         self.gate = SelectiveGate(c)
         self.q_head = nn.Sequential(nn.LayerNorm(c.n_embd), nn.Linear(c.n_embd, 1))
 
@@ -250,15 +282,14 @@ class LoopUS(nn.Module):
             h = block(h, at, None if cache is None else cache[i])
         return h
 
-    def embed(self, idx, start=0):
-        """Tokens (B, T) at positions start … → what the first layer reads (B, T, C)."""
-        h = self.wte(idx)
-        return h if self.config.rope_theta else h + self.wpe.weight[start : start + idx.size(1)]
+    def embed(self, idx, at):
+        """Tokens (B, T) at Span `at` → what the first layer reads (B, T, C)."""
+        return self.wte(idx) if self.config.rope_theta else self.wte(idx) + self.wpe(at.position)
 
     def encode(self, idx, at=None, cache=None):
         """E: tokens (B, T) → h⁰ (B, T, C). Without a Span, the tokens stand at 0 … T−1; `cache` as in `new_cache`."""
         at = at or span(self.config, 0, idx.size(1), idx.device)
-        return self.run(self.encoder, self.embed(idx, at.start), at, cache)
+        return self.run(self.encoder, self.embed(idx, at), at, cache)
 
     def propose(self, h, at=None, cache=None):
         """M(h): one ungated pass of the reasoning block (B, T, C)."""
@@ -288,102 +319,110 @@ class LoopUS(nn.Module):
     # ---- generation, §3.1 and App. E
 
     def new_cache(self, batch, size, loops):
-        """Room for the keys and values of `size` positions: one tensor (layers, 2, B, m, size, hd) for "encoder" and
+        """Room for the keys and values of `size` positions: one tensor (layers, 2, B, size, m, hd) for "encoder" and
         "decoder" each, and a list of them for "reasoning", one per loop depth: the states entering each differ."""
         c, new = self.config, self.wte.weight.new_zeros
-        shape = 2, batch, c.n_kv_head, size, c.head_dim
+        shape = 2, batch, size, c.n_kv_head, c.head_dim
         depths = [new(c.reasoning_layers, *shape) for _ in range(max(1, loops))]
         return {"encoder": new(c.encoder_layers, *shape), "reasoning": depths, "decoder": new(c.decoder_layers, *shape)}
 
     @torch.no_grad()
-    def advance(self, idx, start, cache, max_loops, threshold):
-        """Run the tokens idx (B, T), which stand at start … start+T−1 after those in the cache. Each one loops until
-        its own q ≥ threshold or max_loops. → logits of the last one (B, V), passes taken by each (B, T)."""
-        at = span(self.config, start, idx.size(1), idx.device)
-        here = slice(start, start + idx.size(1))
-        depths = cache["reasoning"]
-        passes = torch.zeros_like(idx)
-        running = torch.ones_like(idx, dtype=torch.bool)
+    def advance(self, idx, start, cache, max_loops, halt):
+        """Run the tokens idx (B, T), which stand at start … start+T−1 after those in the cache. Each loops until `halt`
+        stops it or max_loops; a pass runs on the texts that still loop. → logits of the last token (B, V), passes taken
+        by each (B, T)."""
+        depths, passes = cache["reasoning"], torch.zeros_like(idx)
+        at = span(self.config, start, idx.size(1), idx.device, depths[0].size(3))
+        here = (slice(None),) * 3 + (slice(start, start + idx.size(1)),)
+        running, doubt = torch.ones_like(idx, dtype=torch.bool), torch.zeros(idx.shape, device=idx.device)
         h = self.encode(idx, at, cache["encoder"])
         if max_loops == 0:
             h = self.propose(h, at, depths[0])
         for b in range(max_loops):
             if b > 0:  # who has stopped shows at this depth what it showed at the last
-                depths[b][..., here, :] = depths[b - 1][..., here, :]
-            if running.any():
-                h = torch.where(running[..., None], self.refine(h, at._replace(running=running), depths[b]), h)
-                passes += running
-                running = running & (torch.sigmoid(precise(self.confidence(h))) < threshold)
+                depths[b][here] = depths[b - 1][here]
+            some = running.any(dim=1).nonzero().flatten()  # texts
+            if len(some) == len(idx):
+                new = self.refine(h, at if running.all() else at._replace(running=running), depths[b])
+            elif len(some) > 0:
+                part = at._replace(rows=some, running=running[some])
+                new = h.index_copy(0, some, self.refine(h[some], part, depths[b]))
+            else:
+                continue
+            before, h = h, torch.where(running[..., None], new, h)
+            passes += running
+            running = running & ~halt.stops(self, b + 1, before, h, doubt)
         return self.decode(h, at, cache["decoder"])[:, -1], passes
 
     @torch.no_grad()
-    def stream(self, idx, max_new_tokens, max_loops=8, threshold=0.6, temperature=1.0, top_k=None, generator=None):
+    def stream(
+        self, idx, max_new_tokens, max_loops=8, threshold=0.6, temperature=1.0, top_k=None, generator=None, top_p=None,
+        halt="threshold", epsilon=1.0, min_loops=1,
+    ):  # fmt: skip
         """`generate`, one token at a time: yields (token (B, 1), passes it took (B,)). When the context is full, its
         newest half is run again at positions 0 …, and generation goes on from there."""
         if idx.size(1) == 0:
             raise InputError("the prompt is empty: give at least one token")
-        size = min(self.config.block_size, idx.size(1) + max_new_tokens)
+        halt, new, start = Halt(halt, threshold, epsilon, min_loops), idx, 0
+        # in steps of 128, so that a compiled step serves prompts of many lengths
+        size = min(self.config.block_size, -(-(idx.size(1) + max_new_tokens) // 128) * 128)
         cache = self.new_cache(idx.size(0), size, max_loops)
-        new, start = idx, 0
         for _ in range(max_new_tokens):
             if start + new.size(1) > size and start > 0:
                 new, start = idx[:, -max(1, size // 2) :], 0
-            logits, passes = self.advance(new, start, cache, max_loops, threshold)
+            with torch.compiler.set_stance("default" if new.size(1) == 1 else "force_eager"):  # steps, not prompts
+                logits, passes = self.advance(new, start, cache, max_loops, halt)
             start += new.size(1)
-            new = sample(logits, temperature, top_k, generator)
+            new = sample(logits, temperature, top_k, generator, top_p)
             idx = torch.cat((idx, new), dim=1)
             yield new, passes[:, -1]
 
-    def generate(self, idx, max_new_tokens, max_loops=8, threshold=0.6, temperature=1.0, top_k=None, generator=None):
-        """Continue idx (B, T) by max_new_tokens tokens of at most max_loops passes each; a token stops at the first
-        pass with q ≥ threshold (above 1: never). temperature=0 is greedy, max_loops=0 the pretrained model. → tokens
+    def generate(self, idx, max_new_tokens, *args, **kwargs):
+        """Continue idx (B, T) by max_new_tokens tokens of at most max_loops=8 passes each; a token stops at the first
+        pass with q ≥ threshold=0.6 (above 1: never), or by the rule halt=, with epsilon= and min_loops=, of `Halt`.
+        temperature=1 (0: greedy), top_k=, generator=, top_p=: see `sample`; max_loops=0: the pretrained model. → tokens
         (B, T + max_new_tokens), passes (B, max_new_tokens). Raises InputError if idx is empty or too long."""
-        steps = [*self.stream(idx, max_new_tokens, max_loops, threshold, temperature, top_k, generator)]
+        steps = [*self.stream(idx, max_new_tokens, *args, **kwargs)]
         passes = [idx[:, :0], *(depth[:, None] for _, depth in steps)]
         return torch.cat((idx, *(token for token, _ in steps)), dim=1), torch.cat(passes, dim=1)
 
 
-def sample(logits, temperature, top_k, generator):
-    """Draw a token (B, 1) from logits (B, V): the likeliest at temperature 0, else among the top_k likeliest."""
+def sample(logits, temperature, top_k, generator, top_p=None):
+    """Draw a token (B, 1) from logits (B, V): the likeliest at temperature 0, else among the top_k likeliest, and of
+    these among the fewest likeliest that reach the probability top_p."""
     if temperature == 0:
         return logits.argmax(dim=-1, keepdim=True)
-    logits = logits.float() / temperature
+    logits, order = (logits.float() / temperature).sort(dim=-1, descending=True)
     if top_k is not None:
-        least = logits.topk(min(top_k, logits.size(-1))).values[:, -1:]
-        logits = logits.masked_fill(logits < least, -torch.inf)
-    return torch.multinomial(logits.softmax(dim=-1), 1, generator=generator)
+        logits[:, top_k:] = -torch.inf
+    chance = logits.softmax(dim=-1)
+    if top_p is not None:
+        chance = chance.masked_fill(chance.cumsum(dim=-1) - chance >= top_p, 0.0)
+    return order.gather(1, torch.multinomial(chance, 1, generator=generator))
 
 
 @torch.no_grad()
-def early_exit(model, idx, max_loops, threshold, together=False):
+def early_exit(model, idx, max_loops, halt, together=False):
     """What early exit means, for whole sequences idx (B, T) at once: a token that has stopped keeps its state, and in
     every deeper pass the others see the keys and values of its last executed pass. together: all tokens of a sequence
     stop when the last one does, as in the authors' evaluation. → states to decode (B, T, C), passes (B, T)."""
     h = model.encode(idx)
     if max_loops == 0:
         return model.propose(h), torch.zeros_like(idx)
-    at = span(model.config, 0, idx.size(1), idx.device)
+    at = span(model.config, 0, idx.size(1), idx.device, idx.size(1))
     shown = model.new_cache(*idx.shape, 1)["reasoning"][0]  # keys and values of each token's newest pass
     running, passes = torch.ones_like(idx, dtype=torch.bool), torch.zeros_like(idx)
-    for _ in range(max_loops):
+    doubt = torch.zeros(idx.shape, device=idx.device)
+    for b in range(1, max_loops + 1):
         refined = model.refine(h, at._replace(running=running), shown)
-        h = torch.where(running[..., None], refined, h)
+        before, h = h, torch.where(running[..., None], refined, h)
         passes += running
-        q = torch.sigmoid(precise(model.confidence(h)))
-        running = running & ((q[:, -1:] if together else q) < threshold)
+        stop = halt.stops(model, b, before, h, doubt)
+        running = running & ~(stop[:, -1:] if together else stop)
     return h, passes
 
 
 # ---- Training
-
-
-class Step(NamedTuple):
-    """One supervised step: the three terms of L = L_LM + L_mono + L_Q (scalars, nats), and the state it ends in."""
-
-    lm: torch.Tensor
-    mono: torch.Tensor
-    q: torch.Tensor
-    h: torch.Tensor  # (B, T, C), detached
 
 
 def lm_loss(logits, targets):
@@ -392,7 +431,8 @@ def lm_loss(logits, targets):
 
 
 def losses(model, h, targets):
-    """One supervised step (§3.2, Fig. 4) from the state h (B, T, C), against the next tokens `targets` (B, T):
+    """One supervised step (§3.2, Fig. 4) from the state h (B, T, C) against the next tokens `targets` (B, T) → the
+    three terms of L = L_LM + L_mono + L_Q (scalars, nats), and the next state h' (B, T, C), detached:
 
     L_LM   = CE(D(h'), next token),  h' = one gated pass from h, the only pass that gradients go through
     L_mono = SiLU(L_LM − L_LM of h, the latter without gradient): a pass should do no harm
@@ -408,22 +448,21 @@ def losses(model, h, targets):
     confidence = precise(model.confidence(h))[counts]
     right = (logits.argmax(dim=-1) == targets)[counts].type_as(confidence)
     q = F.binary_cross_entropy_with_logits(confidence, right)
-    return Step(lm, F.silu(lm - before), q, h.detach())
+    return lm, F.silu(lm - before), q, h.detach()
 
 
 def deep_supervision(model, idx, targets, max_loops, supervised, rng):
     """Random deep supervision (§3.2): unroll B = max_loops passes over idx (B, T) and supervise K = supervised of them,
-    drawn uniformly by rng (a random.Random). Yields a Step for each; back-propagate it before asking for the next, and
-    memory holds the graph of one pass however large B is. The encoder and the other passes run without gradient; those
-    after the last drawn one would teach nothing and are not run."""
+    drawn uniformly by rng (a random.Random). Yields the three terms of each; back-propagate before asking for more,
+    and memory holds the graph of one pass however large B is. The encoder and the other passes run without gradient;
+    those after the last drawn one would teach nothing and are not run."""
     drawn = rng.sample(range(max_loops), supervised)
     with torch.no_grad():
         h = model.encode(idx)
     for b in range(max(drawn) + 1):
         if b in drawn:
-            step = losses(model, h, targets)
-            h = step.h
-            yield step
+            *terms, h = losses(model, h, targets)
+            yield terms
         else:
             with torch.no_grad():
                 h = model.refine(h)

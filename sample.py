@@ -1,11 +1,9 @@
 """
-Let a looped model write, each token taking the passes it needs.
+Let a looped model write, each token taking the passes it needs, by which a terminal shows it tinted.
 
     python sample.py --max_loops=8 --prompt="def "    continue a prompt with the model train.py wrote last
     python sample.py                                  ask for prompts, again and again (or read one from a pipe)
     python sample.py --prompt="The sky is" --trace    watch the next token form, pass by pass (paper Fig. 7 and 8)
-
-On a terminal each token is tinted by the number of passes it took.
 """
 
 import codecs
@@ -23,35 +21,32 @@ TINTS = (75, 79, 114, 150, 186, 215, 209, 203)  # terminal colours from cool, fe
 
 
 @dataclass
-class Settings:
+class Settings(convert.Inference):
     """Continue a prompt with a looped model."""
 
-    init: str = flag("", "model: directory or hub name; empty: the one train.py wrote last")
     prompt: str = flag("", "text to continue; empty: asked for, or read from a pipe")
-    max_loops: int = flag(8, "most passes per token (paper: 8); 0: the pretrained model, unlooped", 0)
-    threshold: float = flag(0.6, "confidence at which a token stops (paper: 0.6); above 1: never")
     max_new_tokens: int = flag(200, "tokens to write, unless the text ends before", 1)
     temperature: float = flag(0.8, "0: always the likeliest token", 0)
     top_k: int = flag(50, "draw among this many likeliest tokens", 1)
+    top_p: float = flag(1.0, "of these, among the fewest likeliest that reach this probability", 0)
     seed: int = flag(2026, "of the random draws")
+    compile: bool = flag(False, "compile the step of a token: on a CPU some seconds, then twice as fast")
     trace: bool = flag(False, "show the next token's candidates after each pass instead of writing")
-    device: str = flag("", "cpu, cuda or mps; empty: the best there is")
-    dtype: str = flag("", "of the weights; empty: bf16 where the device is good at it", None, convert.DTYPES)
 
 
 def tint(text, passes, max_loops):
     """Colour text by its passes, where standard output is a terminal."""
     if not sys.stdout.isatty() or max_loops < 1:
         return text
-    colour = TINTS[(passes - 1) * (len(TINTS) - 1) // max(1, max_loops - 1)]
-    return f"\x1b[38;5;{colour}m{text}\x1b[0m"
+    return f"\x1b[38;5;{TINTS[(passes - 1) * (len(TINTS) - 1) // max(1, max_loops - 1)]}m{text}\x1b[0m"
 
 
 def write(model, tokenizer, prompt, s):
     """Stream the continuation of a prompt to standard output, and one line about it to standard error."""
     ids = encode(model, tokenizer, prompt)
     generator = torch.Generator(ids.device).manual_seed(s.seed)
-    steps = model.stream(ids, s.max_new_tokens, s.max_loops, s.threshold, s.temperature, s.top_k, generator)
+    names = "max_loops threshold temperature top_k top_p halt epsilon min_loops".split()
+    steps = model.stream(ids, s.max_new_tokens, generator=generator, **{name: getattr(s, name) for name in names})
     utf8 = codecs.getincrementaldecoder("utf-8")("replace")  # a character can span tokens
     depths, begun = [], time.time()
     if sys.stdout.isatty() and s.max_loops > 0:
@@ -92,8 +87,7 @@ def trace(model, tokenizer, prompt, s):
         before, h = h, model.gate(proposed, h)
         step = (h - before)[0, -1].float().norm()
         q = torch.sigmoid(model.confidence(h).float())[0, -1]
-        note = "  ← exit" if q >= s.threshold and not stopped else ""
-        stopped = stopped or q >= s.threshold
+        note, stopped = "  ← exit" if q >= s.threshold and not stopped else "", stopped or q >= s.threshold
         print(f"{b:>4}  {q:5.3f}  {step:8.2f}  {alpha:5.3f}  {candidates(h)}{note}")
 
 
@@ -105,8 +99,10 @@ def encode(model, tokenizer, prompt):
 def main():
     s = Settings(**convert.parse(Settings))
     device, dtype, _ = convert.pick_device(s.device, s.dtype)
-    src = s.init or convert.last_model()
+    src = convert.resolve(s.init)
     model, tokenizer = convert.load(src, device, dtype)
+    for block in model.layers() if s.compile else ():
+        block.compile()
     if tokenizer is None:
         raise InputError(f"{src} has no tokenizer.json: text cannot be read or written without one")
     show = trace if s.trace else write

@@ -25,7 +25,7 @@ import torch
 import convert
 from convert import flag
 from eval import depth_losses, exit_stats, windows
-from loopus import Config, InputError, LoopUS, deep_supervision, lm_loss
+from loopus import Config, Halt, InputError, LoopUS, deep_supervision, lm_loss
 
 
 @dataclass
@@ -38,13 +38,11 @@ class Settings:
     out: str = flag("out/loop", "directory of the run: checkpoints and log.jsonl")
     resume: bool = flag(False, "go on from the newest checkpoint in --out, with the settings it was started with")
     objective: str = flag("loop", "or lm: train the model unlooped, as the control", None, ("loop", "lm"))
-    # the loop
     max_loops: int = flag(20, "B, passes unrolled per batch (paper: 20)", 1)
     supervised: int = flag(5, "K, passes supervised among them (paper: 5)", 1)
     encoder_layers: int = flag(-1, "layers run once before the loop; -1: the paper's cut, or by the layer profile")
     decoder_layers: int = flag(-1, "layers run once after the loop; -1: likewise")
     gate_start: str = flag("", "first α of every channel, or s4d: the authors' start; empty: 0.5")
-    # the optimizer
     steps: int = flag(22888, "optimizer steps (paper: 3B tokens)", 1)
     batch: int = flag(2, "sequences per micro-batch (paper: 2)", 1)
     accumulate: int = flag(64, "micro-batches per optimizer step (paper: 64)", 1)
@@ -57,10 +55,9 @@ class Settings:
     log_every: int = flag(10, "steps between log lines", 1)
     eval_every: int = flag(500, "steps between held-out losses and checkpoints", 1)
     eval_tokens: int = flag(16384, "held-out tokens per evaluation", 1)
-    # the machine
     device: str = flag("", "cpu, cuda or mps; empty: the best there is")
     dtype: str = flag(
-        "", "bf16: autocast, weights stay fp32; empty: where the device is good at it", None, convert.DTYPES
+        "", "bf16 by autocast, or fp32; empty: bf16 where the device is good at it", None, ("bf16", "fp32")
     )
     compile: bool = flag(False, "compile the blocks with torch.compile")
 
@@ -76,8 +73,7 @@ def micro_batch(tokens, s, i):
     count = (len(tokens) - 1) // s.context
     if count < 1:
         raise InputError(f"{len(tokens)} training tokens do not fill one context of {s.context}: give more text")
-    each = range(i * s.batch, (i + 1) * s.batch)
-    starts = [shuffled(count, s.seed, n // count)[n % count] * s.context for n in each]
+    starts = [shuffled(count, s.seed, n // count)[n % count] * s.context for n in range(i * s.batch, (i + 1) * s.batch)]
     rows = torch.from_numpy(np.stack([tokens[a : a + s.context + 1] for a in starts]).astype(np.int64))
     return rows[:, :-1], rows[:, 1:]
 
@@ -104,16 +100,14 @@ def make_optimizer(model, s):
 
 def gradients(model, x, y, s, micro):
     """Add one micro-batch's gradients, each supervised step's at once → its L_LM, L_mono, L_Q, mean over steps."""
-    terms = torch.zeros(3, device=x.device)
+    terms, depths = torch.zeros(3, device=x.device), random.Random(f"depths {s.seed} {micro}")
     if s.objective == "lm":
-        loss = lm_loss(model(x, loops=0), y)
-        (loss / s.accumulate).backward()
-        terms[0] = loss.detach()
-        return terms
-    depths = random.Random(f"depths {s.seed} {micro}")
-    for step in deep_supervision(model, x, y, s.max_loops, s.supervised, depths):
-        ((step.lm + step.mono + step.q) / (s.accumulate * s.supervised)).backward()
-        terms += torch.stack((step.lm, step.mono, step.q)).detach() / s.supervised
+        steps, count = [(lm_loss(model(x, loops=0), y), terms[1], terms[2])], 1
+    else:
+        steps, count = deep_supervision(model, x, y, s.max_loops, s.supervised, depths), s.supervised
+    for step in steps:
+        (sum(step) / (s.accumulate * count)).backward()
+        terms = terms + torch.stack(tuple(step)).detach() / count
     return terms
 
 
@@ -152,15 +146,15 @@ def train(s):
         for block in model.layers():
             block.compile()
 
-    def report(line, **values):
-        print(line, flush=True)
-        log.write(json.dumps(values) + "\n")
-        log.flush()
-
     c = model.config
     size = f"{sum(p.numel() for p in model.parameters()) / 1e6:.1f}M parameters in"
     size += f" {c.encoder_layers} + {c.reasoning_layers} + {c.decoder_layers} layers, {len(tokens):,} tokens"
     print(f"{s.objective}: {size}, {device}, {dtype}, to {out}", flush=True)
+
+    def report(line, **values):
+        print(line, flush=True)
+        log.write(json.dumps(values) + "\n")
+        log.flush()
 
     def evaluate(step):
         depths = [0] if s.objective == "lm" else [0, 1, 2, 4, 8]
@@ -180,8 +174,7 @@ def train(s):
             shutil.rmtree(old)
         return directory
 
-    begun = last = time.time()
-    logged = first
+    begun, last, logged = time.time(), time.time(), first
     for step in range(first, s.steps):
         if step % s.eval_every == 0:
             evaluate(step)
@@ -198,13 +191,12 @@ def train(s):
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         if (step + 1) % s.log_every == 0 or step in (first, s.steps - 1):
-            lm, mono, q = (terms / s.accumulate).tolist()
-            now = time.time()
+            (lm, mono, q), now = (terms / s.accumulate).tolist(), time.time()
             speed = (step + 1 - logged) * s.accumulate * s.batch * s.context / (now - last)
             left = (now - begun) / (step + 1 - first) * (s.steps - step - 1)
             parts = f"lm {lm:.4f}" + (f"  mono {mono:+.4f}  q {q:.4f}" if s.objective == "loop" else "")
-            pace = f"{speed:,.0f} tokens/s  {timedelta(seconds=int(left))} left"
-            line = f"{step + 1:>6}/{s.steps}  {parts}  lr {rate:.1e}  norm {norm:.2f}  {pace}"
+            line = f"{step + 1:>6}/{s.steps}  {parts}  lr {rate:.1e}  norm {norm:.2f}"
+            line += f"  {speed:,.0f} tokens/s  {timedelta(seconds=int(left))} left"
             values = dict(lm=lm, mono=mono, q=q, lr=rate, grad_norm=norm.item(), tokens_per_second=speed)
             report(line, step=step + 1, **values, seconds_left=left)
             last, logged = now, step + 1
@@ -261,20 +253,17 @@ def story(given):
         sequences = windows(convert.load_data("python", "", tokenizer)[1], 256, looped.eval_tokens)
         for depth, loss in depth_losses(model, sequences, depths, 16, autocast).items():
             print(f"{name:8} {f'{depth} passes' if depth else 'unlooped':20} {loss:.4f}", flush=True)
-    stats = exit_stats(model, sequences, 8, 0.6, 16, autocast)
+    stats = exit_stats(model, sequences, 8, Halt(), 16, autocast)
     print(f"looped   {stats['mean_passes']:.2f} passes, by exit {stats['loss']:.4f}")
-    spent = timedelta(seconds=int(time.time() - begun))
-    print(f"\n{spent}. Now try: python sample.py --max_loops=8 --prompt='def ', and python eval.py")
+    print(f"\nThat took {timedelta(seconds=int(time.time() - begun))}. Now try:")
+    print("python sample.py --max_loops=8 --prompt='def '\npython eval.py")
 
 
 def stage(title, s):
-    """Run `s`, go on with it where it was broken off, or skip it where it is done. → its last checkpoint."""
+    """Run `s`, or go on with it where it was broken off. → its last checkpoint, at once where that is there."""
     done = Path(s.out) / f"step-{s.steps:07d}"
-    if (done / "config.json").exists():
-        print(f"== {title}: done before, see {done}")
-        return done
-    print(f"== {title}")
-    return train(replace(s, resume=any(Path(s.out).glob(f"{convert.STEP}/optimizer.pt"))))
+    print(f"== {title}" + (f": done before, see {done}" if done.exists() else ""))
+    return done if done.exists() else train(replace(s, resume=any(Path(s.out).glob(f"{convert.STEP}/optimizer.pt"))))
 
 
 def main():

@@ -16,6 +16,7 @@ import convert
 import eval as evaluation
 import sample
 import train
+from loopus import Halt
 
 SMALL = [
     "--steps=4",
@@ -68,7 +69,7 @@ def test_evaluation_agrees_with_plain_sums(checkpoint):
         logits = model(x, depth)
         expected = -torch.log_softmax(logits, -1).gather(-1, y[..., None]).mean().item()
         assert abs(loss - expected) < 1e-4
-    never = evaluation.exit_stats(model, sequences, 3, 2.0, 4, torch.no_grad)
+    never = evaluation.exit_stats(model, sequences, 3, Halt(threshold=2.0), 4, torch.no_grad)
     assert abs(never["loss"] - losses[3]) < 1e-4 and never["mean_passes"] == 3
     logits = model(x, 3)
     right = (logits.argmax(-1) == y).float().mean().item()
@@ -88,14 +89,12 @@ def test_the_whole_story_in_small(command, tmp_path):
     code, again, _ = command(train, *arguments)  # every stage is there: only the table is made again
     assert code == 0 and again.count("done before") == 2 and "lr" not in again
     assert again.split("nats per byte")[1].splitlines()[1:9] == table[1:9] and time.time() - begun < 120
-    assert convert.last_model().endswith("step-0000002") and "loop" in convert.last_model()
+    assert str(convert.resolve("")).endswith("loop/step-0000002")
 
 
 def test_profile_and_conversion(command, checkpoint, tmp_path):
     directory, text = checkpoint
-    code, out, _ = command(
-        convert, directory, "--profile", f"--data={text}", "--encoder_layers=1", "--decoder_layers=1"
-    )
+    code, out, _ = command(convert, directory, "--profile", "--encoder_layers=1", "--decoder_layers=1")
     assert code == 0 and out.count("layer ") == 5 and "by the rule" in out and out.count("cut ") == 5
     code, out, _ = command(convert, directory, tmp_path / "looped", "--encoder_layers=2", "--decoder_layers=1")
     assert code == 0 and "2 encoder, 2 looped and 1 decoder layers" in out

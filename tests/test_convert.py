@@ -493,15 +493,15 @@ def test_vocab_and_merges_of_older_checkpoints(tmp_path):
     spec = golden_spec("gpt2")
     merges = [m if isinstance(m, str) else " ".join(m) for m in spec["model"]["merges"]]
     vocab = spec["model"]["vocab"] | {"<|endoftext|>": 700}
-    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "config.json").write_text('{"model_type": "gpt2"}')
     (tmp_path / "vocab.json").write_text(json.dumps(vocab))
     (tmp_path / "merges.txt").write_text("\n".join(["#version: 0.2", *merges, ""]), encoding="utf-8")
     (tmp_path / "added_tokens.json").write_text(json.dumps({"<|im_start|>": 701, "<|im_end|>": 702}))
     tokenizer = convert.load_tokenizer(tmp_path)
     for row in json.loads((GOLDEN / "tokenizers" / "gpt2.expected.json").read_text(encoding="utf-8")):
         assert tokenizer.encode(row["text"]) == row["ids"] and tokenizer.decode(row["ids"]) == row["decoded"]
-    (tmp_path / "tokenizer_config.json").write_text('{"tokenizer_class": "Qwen2Tokenizer"}')
-    with pytest.raises(InputError, match="does not say how Qwen2Tokenizer cuts text"):
+    (tmp_path / "config.json").write_text('{"model_type": "qwen2"}')
+    with pytest.raises(InputError, match="has a vocab.json, but no tokenizer.json"):
         convert.load_tokenizer(tmp_path)
 
 

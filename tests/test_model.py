@@ -1,6 +1,7 @@
 """The model: the pretrained layers, the gate, the loop, caches and early exit (SPEC of the paper: §3.1, App. E)."""
 
 import math
+import random
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from safetensors.torch import load_file
 
 import convert
 import loopus
-from loopus import Config, InputError, early_exit, span
+from loopus import Config, Halt, InputError, early_exit, span
 
 
 @pytest.mark.parametrize("family", ["gpt2", "llama", "llama_tied", "llama3_rope", "qwen3", "phi3"])
@@ -47,7 +48,7 @@ def test_states_gate_and_confidence_of_the_authors_code(family):
         greedy = expected[f"greedy{loops}"]
         tokens, passes = model.generate(greedy[:, :8], 16, max_loops=loops, threshold=2, temperature=0)
         assert torch.equal(tokens, greedy) and (passes == loops).all()
-    h, passes = early_exit(model, expected["input_ids"], 8, expected["halt_threshold"], together=True)
+    h, passes = early_exit(model, expected["input_ids"], 8, Halt(threshold=expected["halt_threshold"]), together=True)
     assert (passes == expected["halt_loops"][:, None]).all() and len(set(expected["halt_loops"].tolist())) > 1
     torch.testing.assert_close(model.decode(h), expected["halt_logits"], **close)
 
@@ -109,29 +110,132 @@ def test_cached_steps_give_uncached_logits(model, loops):
     cache, start = model.new_cache(2, 24, loops), 0
     with torch.no_grad():
         for T in (7, 1, 1, 5, 1, 9):  # a prompt, single tokens, and chunks
-            logits, passes = model.advance(idx[:, start : start + T], start, cache, loops, threshold=2)
+            logits, passes = model.advance(idx[:, start : start + T], start, cache, loops, Halt(threshold=2))
             start += T
             torch.testing.assert_close(logits, expected[:, start - 1], atol=1e-4, rtol=1e-4)
             assert (passes == loops).all()
 
 
-@pytest.mark.parametrize("seed", range(8))
-@pytest.mark.parametrize("shape", ["gpt2", "llama"])
-def test_early_exit_cached_is_the_definition(shape, seed):
-    model = random_model(shape, seed)
-    torch.manual_seed(seed)
-    idx = torch.randint(0, 257, (3, 20))
-    threshold = 0.5 + 0.05 * (seed % 4)
-    with torch.no_grad():
-        h, passes = early_exit(model, idx, 6, threshold)
-        logits = model.decode(h)
-        assert len(passes.unique()) > 1  # tokens do stop at different depths
-        cache, start = model.new_cache(3, 20, 6), 0
-        for T in (6, 1, 3, 1, 1, 8):
-            last, taken = model.advance(idx[:, start : start + T], start, cache, 6, threshold)
-            start += T
-            assert torch.equal(taken, passes[:, start - T : start])
-            torch.testing.assert_close(last, logits[:, start - 1], atol=1e-4, rtol=1e-4)
+def some_halt(chance, model):
+    """A stopping rule at random, with a setting at which the tokens of random models stop at different depths."""
+    rule = chance.choice(["threshold", "convergence", "cdf"])
+    h = model.encode(torch.arange(9)[None])
+    length = (model.refine(h) - h).norm(dim=-1).median().item()
+    return Halt(
+        rule,
+        threshold=chance.uniform(0.6, 0.95) if rule == "cdf" else chance.uniform(0.4, 0.65),
+        epsilon=length * chance.uniform(0.3, 1.0),
+        min_loops=chance.choice([1, 1, 2, 3]),
+    )
+
+
+def cached(model, idx, loops, halt, chance):
+    """Logits and passes of every position by `advance`, in pieces of random length."""
+    cache = model.new_cache(len(idx), idx.size(1) + chance.randrange(3), loops)
+    start, logits, passes = 0, [], []
+    while start < idx.size(1):
+        T = chance.choice([1, 1, 1, 2, 5, 9])
+        last, taken = model.advance(idx[:, start : start + T], start, cache, loops, halt)
+        start += T
+        logits.append((min(start, idx.size(1)) - 1, last))
+        passes.append(taken)
+    return logits, torch.cat(passes, dim=1)
+
+
+@pytest.mark.parametrize("seed", range(120))
+@torch.no_grad()
+def test_early_exit_cached_is_the_definition(seed):
+    """Random models, texts, batches, pieces, rules and settings: the caches give what the definition gives."""
+    chance = random.Random(seed)
+    kinds = [
+        ("gpt2", {}),
+        ("llama", {}),
+        ("llama", dict(qk_norm=True, qkv_bias=True)),
+        ("llama", dict(partial_rotary=0.5)),
+    ]
+    shape, more = chance.choice(kinds)
+    model = random_model(shape, seed, **more)
+    idx = torch.randint(0, 257, (chance.choice([1, 2, 5]), chance.choice([8, 20])))
+    halt, loops = some_halt(chance, model), chance.choice([0, 1, 4, 7])
+    h, passes = early_exit(model, idx, loops, halt)
+    expected = model.decode(h)
+    logits, taken = cached(model, idx, loops, halt, chance)
+    assert torch.equal(taken, passes)
+    assert loops < 2 or (passes >= min(halt.min_loops, loops)).all()
+    for t, last in logits:
+        torch.testing.assert_close(last, expected[:, t], atol=1e-4, rtol=1e-4)
+    for i, text in enumerate(idx):  # each text of the batch alone
+        alone, depth = cached(model, text[None], loops, halt, chance)
+        assert torch.equal(depth[0], passes[i])
+        for t, last in alone:
+            torch.testing.assert_close(last[0], expected[i, t], atol=1e-4, rtol=1e-4)
+
+
+@torch.no_grad()
+def test_rules_stop_tokens_at_different_depths():
+    for rule in ("threshold", "convergence", "cdf"):
+        found = set()
+        for seed in range(12):
+            chance, model = random.Random(seed), random_model("llama", seed)
+            halt = some_halt(chance, model)._replace(rule=rule, min_loops=1)
+            found |= set(early_exit(model, torch.randint(0, 257, (2, 20)), 7, halt)[1].flatten().tolist())
+        assert len(found) >= 4, rule
+
+
+@torch.no_grad()
+def test_rules_are_those_of_the_paper():
+    model = random_model("llama", 3)
+    idx, states, q = torch.randint(0, 257, (2, 9)), [], []
+    h = model.encode(idx)
+    for _ in range(6):
+        states.append(h)
+        h = model.refine(h)
+        q.append(torch.sigmoid(model.confidence(h)))
+    states.append(h)
+    stop = {
+        "threshold": [q_b >= 0.55 for q_b in q],
+        "convergence": [(states[b + 1] - states[b]).norm(dim=-1) <= 3.0 for b in range(6)],
+        "cdf": [1 - torch.stack([1 - q_j for q_j in q[: b + 1]]).prod(0) >= 0.9 for b in range(6)],
+    }
+    for rule, reached in stop.items():
+        halt, doubt = Halt(rule, 0.9 if rule == "cdf" else 0.55, 3.0, 2), torch.zeros(2, 9)
+        for b in range(6):
+            found = halt.stops(model, b + 1, states[b], states[b + 1], doubt)
+            assert torch.equal(found, reached[b] & torch.tensor(b + 1 >= 2)), (rule, b)
+
+
+@pytest.mark.parametrize("shape, more", [("gpt2", {}), ("llama", dict(qk_norm=True)), ("llama", dict(n_kv_head=4))])
+@torch.no_grad()
+def test_compiled_steps_are_the_definition_and_compile_once(shape, more):
+    model = random_model(shape, 5, **more)
+    idx, halt = torch.randint(0, 257, (1, 40)), Halt(threshold=0.52)
+    h, passes = early_exit(model, idx, 6, halt)
+    expected, eager = model.decode(h), model.generate(idx[:, :9], 30, 6, 0.52, temperature=0)
+    for block in model.layers():
+        block.compile()
+    torch._dynamo.utils.counters.clear()
+    cache = model.new_cache(1, 64, 6)
+    with torch.compiler.set_stance("force_eager"):
+        model.advance(idx[:, :9], 0, cache, 6, halt)
+    for t in range(9, 40):
+        logits, taken = model.advance(idx[:, t : t + 1], t, cache, 6, halt)
+        torch.testing.assert_close(logits, expected[:, t], atol=1e-4, rtol=1e-4)
+        assert torch.equal(taken[:, 0], passes[:, t])
+    frames = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    assert 1 <= frames <= 2  # one step serves all layers, depths and positions
+    compiled = model.generate(idx[:, :9], 30, 6, 0.52, temperature=0)
+    assert torch.equal(compiled[0], eager[0]) and torch.equal(compiled[1], eager[1])
+
+
+@torch.no_grad()
+def test_a_pass_runs_on_the_texts_that_still_loop(model):
+    idx, rows = torch.randint(0, 257, (6, 12)), []
+    halt = Halt(threshold=0.53)
+    _, passes = early_exit(model, idx, 6, halt)
+    model.reasoning[0].register_forward_hook(lambda block, inputs, output: rows.append(len(inputs[0])))
+    cache = model.new_cache(6, 12, 6)
+    taken = torch.cat([model.advance(idx[:, t : t + 1], t, cache, 6, halt)[1] for t in range(12)], dim=1)
+    assert torch.equal(taken, passes) and sum(rows) == passes.sum() < 6 * 12 * 6
 
 
 @torch.no_grad()
@@ -140,7 +244,7 @@ def test_early_exit_freezes_keys_and_values_of_the_last_pass():
     model = random_model("gpt2", n_layer=3)
     block, c = model.reasoning[0], model.config
     idx = torch.randint(0, 257, (1, 10))
-    h, passes = early_exit(model, idx, 5, 0.55)
+    h, passes = early_exit(model, idx, 5, Halt(threshold=0.55))
     assert len(passes.unique()) > 1
     state, stopped = model.encode(idx)[0], [0] * 10
     keys, values = [None] * 10, [None] * 10
@@ -183,7 +287,25 @@ def test_seeded_sampling_repeats_and_top_k_one_is_greedy(model):
         return model.generate(idx, 12, 2, 0.6, temperature=1.0, generator=generator, **more)[0]
 
     assert torch.equal(text(1), text(1)) and not torch.equal(text(1), text(2))
-    assert torch.equal(text(1, top_k=1), model.generate(idx, 12, 2, 0.6, temperature=0)[0])
+    for more in (dict(top_k=1), dict(top_p=1e-6)):
+        assert torch.equal(text(1, **more), model.generate(idx, 12, 2, 0.6, temperature=0)[0])
+
+
+def test_draws_are_from_the_likeliest_with_their_probabilities():
+    logits = torch.tensor([[0.1, 0.4, 0.05, 0.3, 0.15]]).log().expand(20000, 5)
+    generator = torch.Generator().manual_seed(0)
+
+    def shares(**more):
+        drawn = loopus.sample(logits, 1.0, more.get("top_k"), generator, more.get("top_p"))
+        return torch.bincount(drawn.flatten(), minlength=5) / 20000
+
+    for more, expected in (
+        ({}, [0.1, 0.4, 0.05, 0.3, 0.15]),
+        (dict(top_k=2), [0, 4 / 7, 0, 3 / 7, 0]),
+        (dict(top_p=0.75), [0, 0.4 / 0.85, 0, 0.3 / 0.85, 0.15 / 0.85]),  # 0.4 + 0.3 do not reach it yet
+        (dict(top_k=3, top_p=0.3), [0, 1, 0, 0, 0]),
+    ):
+        torch.testing.assert_close(shares(**more), torch.tensor(expected, dtype=torch.float32), atol=0.015, rtol=0)
 
 
 def test_causal_at_every_depth(model):
@@ -209,10 +331,10 @@ def test_what_does_not_fit_is_refused(model):
 def test_rotary_table_turns_by_position():
     c = Config(**vars(random_model().config))
     at = span(c, 3, 2, "cpu")
-    x = torch.randn(1, 1, 2, 8)
+    x = torch.randn(1, 2, 1, 8)
     turned = loopus.rotate(x, at.cos, at.sin)
     for t in range(2):
         for i in range(4):
             angle = (3 + t) * 10000 ** (-2 * i / 8)
-            pair = complex(x[0, 0, t, i], x[0, 0, t, i + 4]) * complex(math.cos(angle), math.sin(angle))
-            assert abs(complex(turned[0, 0, t, i], turned[0, 0, t, i + 4]) - pair) < 1e-5
+            pair = complex(x[0, t, 0, i], x[0, t, 0, i + 4]) * complex(math.cos(angle), math.sin(angle))
+            assert abs(complex(turned[0, t, 0, i], turned[0, t, 0, i + 4]) - pair) < 1e-5
