@@ -355,8 +355,7 @@ class Redirects(urllib.request.HTTPRedirectHandler):
 
 
 def fetch(url, name, directory, optional=False):
-    """Download url + name, going on where a try broke off, and check it against the size and SHA-256 that the hub
-    states. → False if it is optional and not there."""
+    """Download url + name, or its rest; check size and SHA-256 as the hub states them. → False: optional, not there."""
     target, part, redirects = directory / name, directory / f"{name}.part", Redirects()
     if target.exists():
         return True
@@ -456,8 +455,7 @@ class Tokenizer:
         self.is_added = re.compile(f"({'|'.join(found)})" if added else "(?!)")
         self.n_vocab = 1 + max([*vocab.values(), *self.added.values()])
         self.bytes_of = [b""] * self.n_vocab
-        whole = {content.encode(): (i,) for content, i in self.added.items()}
-        for data, ids in (*ids_of.items(), *whole.items()):
+        for data, ids in (*ids_of.items(), *((content.encode(), [i]) for content, i in self.added.items())):
             if len(ids) == 1:
                 self.bytes_of[ids[0]] = data
         after = spec.get("post_processor") or {}
@@ -663,8 +661,7 @@ def choose_cuts(distances):
     twice what the median layer does; never the first and the last layer, as in all of the paper's cuts. → layers before
     it (encoder), layers after it (decoder)."""
     last = len(distances) - 1
-    loud = torch.nonzero(distances >= 2 * distances.median()).flatten().tolist()
-    borders = sorted({0, last, *loud})
+    borders = sorted({0, last, *torch.nonzero(distances >= 2 * distances.median()).flatten().tolist()})
     before, after = max(zip(borders, borders[1:]), key=lambda pair: pair[1] - pair[0], default=(0, last))
     return before + 1, last + 1 - after
 
@@ -741,9 +738,7 @@ def progress(what, done, total):
 
 
 @dataclass
-class Inference:
-    """What sample.py and eval.py have in common."""
-
+class Inference:  # what sample.py and eval.py have in common
     init: str = flag("", "model: directory or hub name; empty: the one train.py wrote last")
     max_loops: int = flag(8, "most passes per token; 8 is the paper's budget, 0 the pretrained model", 0)
     halt: str = flag("threshold", "how a token stops: or convergence, cdf", None, ("threshold", "convergence", "cdf"))
@@ -800,8 +795,9 @@ def main():
         show_profile(model, tokenizer)
     if s.out:
         save(model, tokenizer, s.out, s.format)
-        c = model.config
-        print(f"{s.out}: {c.encoder_layers} encoder, {c.reasoning_layers} looped and {c.decoder_layers} decoder layers")
+        print(
+            f"{s.out}: {len(model.encoder)} encoder, {len(model.reasoning)} looped, {len(model.decoder)} decoder layers"
+        )
 
 
 if __name__ == "__main__":

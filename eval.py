@@ -42,10 +42,9 @@ def windows(tokens, context, limit):
 @torch.no_grad()
 def depth_losses(model, sequences, depths, batch, autocast):
     """{passes: mean loss in nats} over sequences (n, T + 1), for each of `depths`; 0 is the ungated pass."""
-    device = model.wte.weight.device
     sums = dict.fromkeys(depths, 0.0)
-    for part in sequences.split(batch):
-        x, y = part[:, :-1].to(device), part[:, 1:].to(device)
+    for part in sequences.to(model.wte.weight.device).split(batch):
+        x, y = part[:, :-1], part[:, 1:]
         with autocast():
             h = model.encode(x)
             if 0 in sums:
@@ -61,10 +60,9 @@ def depth_losses(model, sequences, depths, batch, autocast):
 def exit_stats(model, sequences, max_loops, halt, batch, autocast):
     """With confidence exit: mean loss, mean passes, histogram of tokens by their passes 1 … max_loops, and in ten bins
     of confidence the tokens, their mean confidence and how often the likeliest token was right; ece: the mean gap."""
-    device = model.wte.weight.device
     loss, passes, confidence, right = 0.0, [], [], []
-    for part in sequences.split(batch):
-        x, y = part[:, :-1].to(device), part[:, 1:].to(device)
+    for part in sequences.to(model.wte.weight.device).split(batch):
+        x, y = part[:, :-1], part[:, 1:]
         with autocast():
             h, taken = early_exit(model, x, max_loops, halt)
             logits = model.decode(h)

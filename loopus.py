@@ -128,11 +128,21 @@ class Linear(nn.Linear):
     """nn.Linear that for one token, compiled for a CPU, is a sum: this reads the matrix at the memory's speed, twice as
     fast as torch's own product of a matrix and a vector."""
 
+    scale = None  # (outputs,), where the matrix is int8: see `quantize`
+
     def forward(self, x):
         if x.numel() > self.in_features or not torch.compiler.is_compiling() or x.is_cuda or x.requires_grad:
-            return F.linear(x, self.weight, self.bias)
-        y = (self.weight.float() * x.float().flatten()).sum(dim=-1).type_as(x)
-        return (y if self.bias is None else y + self.bias).view(*x.shape[:-1], -1)
+            return F.linear(x, self.weight if self.scale is None else self.weight * self.scale[:, None], self.bias)
+        y = (self.weight.float() * x.float().flatten()).sum(dim=-1) * (1.0 if self.scale is None else self.scale)
+        return (y if self.bias is None else y + self.bias).type_as(x).view(*x.shape[:-1], -1)
+
+
+@torch.no_grad()
+def quantize(model):
+    """Round the matrices of all layers to int8, in place: for inference, a quarter of the bytes to read in a pass."""
+    for layer in (m for block in model.layers() for m in block.modules() if isinstance(m, Linear)):
+        layer.scale = layer.weight.abs().amax(dim=1) / 127
+        layer.weight = nn.Parameter((layer.weight / layer.scale[:, None]).round().to(torch.int8), requires_grad=False)
 
 
 class Block(nn.Module):
@@ -364,8 +374,7 @@ class LoopUS(nn.Module):
         if idx.size(1) == 0:
             raise InputError("the prompt is empty: give at least one token")
         halt, new, start = Halt(halt, threshold, epsilon, min_loops), idx, 0
-        # in steps of 128, so that a compiled step serves prompts of many lengths
-        size = min(self.config.block_size, -(-(idx.size(1) + max_new_tokens) // 128) * 128)
+        size = min(self.config.block_size, -(-(idx.size(1) + max_new_tokens) // 128) * 128)  # few sizes to compile for
         cache = self.new_cache(idx.size(0), size, max_loops)
         for _ in range(max_new_tokens):
             if start + new.size(1) > size and start > 0:
@@ -453,9 +462,8 @@ def losses(model, h, targets):
 
 def deep_supervision(model, idx, targets, max_loops, supervised, rng):
     """Random deep supervision (§3.2): unroll B = max_loops passes over idx (B, T) and supervise K = supervised of them,
-    drawn uniformly by rng (a random.Random). Yields the three terms of each; back-propagate before asking for more,
-    and memory holds the graph of one pass however large B is. The encoder and the other passes run without gradient;
-    those after the last drawn one would teach nothing and are not run."""
+    drawn uniformly by rng (a random.Random). Yields the three terms of each: back-propagate them at once, and memory
+    holds the graph of one pass however large B is. The encoder and the other passes run without gradient."""
     drawn = rng.sample(range(max_loops), supervised)
     with torch.no_grad():
         h = model.encode(idx)

@@ -69,8 +69,8 @@ def write(model, tokenizer, prompt, s):
 
 @torch.no_grad()
 def trace(model, tokenizer, prompt, s):
-    """One row per pass for the token after the prompt: confidence q, step length ‖h^{b+1} − h^b‖₂, mean α over the
-    channels, and the likeliest tokens with their probabilities. No token is stopped; where exit would is marked."""
+    """One row per pass for the token after the prompt: confidence q, step length ‖h^{b+1} − h^b‖₂, mean α, and the
+    likeliest tokens with their probabilities. No token is stopped; where exit would is marked."""
     ids = encode(model, tokenizer, prompt)
 
     def candidates(h):
@@ -101,8 +101,8 @@ def main():
     device, dtype, _ = convert.pick_device(s.device, s.dtype)
     src = convert.resolve(s.init)
     model, tokenizer = convert.load(src, device, dtype)
-    for block in model.layers() if s.compile else ():
-        block.compile()
+    for part in [*model.layers(), model.lm_head] if s.compile else ():
+        part.compile()
     if tokenizer is None:
         raise InputError(f"{src} has no tokenizer.json: text cannot be read or written without one")
     show = trace if s.trace else write

@@ -126,8 +126,7 @@ def train(s):
         raise InputError(f"{out} already holds a run, at {found[-1].parent.name}: --resume it, or name another --out")
     torch.manual_seed(s.seed)
     cuts = dict(encoder_layers=s.encoder_layers, decoder_layers=s.decoder_layers)
-    src = found[-1].parent if found else s.init
-    model, tokenizer = convert.load(src, device, **cuts, gate_start=s.gate_start)
+    model, tokenizer = convert.load(found[-1].parent if found else s.init, device, **cuts, gate_start=s.gate_start)
     if s.context > model.config.block_size:
         raise InputError(f"--context={s.context} is more than the model's {model.config.block_size}: give at most that")
     tokens, held_out = convert.load_data(s.data, s.val, tokenizer)
@@ -146,9 +145,8 @@ def train(s):
         for block in model.layers():
             block.compile()
 
-    c = model.config
     size = f"{sum(p.numel() for p in model.parameters()) / 1e6:.1f}M parameters in"
-    size += f" {c.encoder_layers} + {c.reasoning_layers} + {c.decoder_layers} layers, {len(tokens):,} tokens"
+    size += f" {len(model.encoder)} + {len(model.reasoning)} + {len(model.decoder)} layers, {len(tokens):,} tokens"
     print(f"{s.objective}: {size}, {device}, {dtype}, to {out}", flush=True)
 
     def report(line, **values):

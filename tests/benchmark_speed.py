@@ -17,6 +17,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import convert  # noqa: E402
+import loopus  # noqa: E402
 from convert import flag  # noqa: E402
 from loopus import Halt  # noqa: E402
 
@@ -37,7 +38,7 @@ class Settings:
     uncached: bool = flag(False, "also without a cache: the whole text for each token")
     profile: bool = flag(False, "where the time of a token of 8 passes goes")
     device: str = flag("", "cpu, cuda or mps")
-    dtype: str = flag("fp32", "of the weights", None, ("bf16", "fp32"))
+    dtype: str = flag("fp32", "of the weights", None, ("bf16", "fp32", "int8"))
 
 
 def seconds(device, step, times):
@@ -63,8 +64,10 @@ def main():
     device, dtype, _ = convert.pick_device(s.device, s.dtype)
     cuts = dict(encoder_layers=s.encoder_layers, decoder_layers=s.decoder_layers)
     model, _ = convert.load(s.init, device, dtype, **cuts)
-    for block in model.layers() if s.compile else ():
-        block.compile()
+    if s.dtype == "int8":
+        loopus.quantize(model)
+    for part in [*model.layers(), model.lm_head] if s.compile else ():
+        part.compile()
     c = model.config
     block = torch.randn(1 << 27 if device.type == "cuda" else 1 << 26, device=device)
     bandwidth = block.nbytes / seconds(device, block.sum, 10)
@@ -104,11 +107,7 @@ def main():
         print(line, flush=True)
     saved, promised = 1 - per_token["exit"] / per_token[8], 1 - mean / 8
     if promised > 0.01:
-        print(
-            print(
-                f"exit saves {saved:.1%} of the time of 8 passes: {saved / promised:.0%} of what {mean:.2f} of 8 promise"
-            )
-        )
+        print(f"exit saves {saved:.1%} of 8 passes' time: {saved / promised:.0%} of what {mean:.2f} of 8 promise")
     if s.profile:
         with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
             model.advance(idx, PROMPT, model.new_cache(s.batch, 128, 8), 8, Halt(threshold=2.0))

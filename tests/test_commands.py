@@ -97,7 +97,7 @@ def test_profile_and_conversion(command, checkpoint, tmp_path):
     code, out, _ = command(convert, directory, "--profile", "--encoder_layers=1", "--decoder_layers=1")
     assert code == 0 and out.count("layer ") == 5 and "by the rule" in out and out.count("cut ") == 5
     code, out, _ = command(convert, directory, tmp_path / "looped", "--encoder_layers=2", "--decoder_layers=1")
-    assert code == 0 and "2 encoder, 2 looped and 1 decoder layers" in out
+    assert code == 0 and "2 encoder, 2 looped, 1 decoder layers" in out
     model, _ = convert.load(tmp_path / "looped")
     assert model.config.encoder_layers == 2 and model.config.decoder_layers == 1
 
