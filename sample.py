@@ -15,7 +15,7 @@ import torch
 
 import convert
 from convert import flag
-from loopus import InputError
+from loopus import InputError, quantize
 
 TINTS = (75, 79, 114, 150, 186, 215, 209, 203)  # terminal colours from cool, few passes, to warm, many
 
@@ -31,6 +31,7 @@ class Settings(convert.Inference):
     top_p: float = flag(1.0, "of these, among the fewest likeliest that reach this probability", 0)
     seed: int = flag(2026, "of the random draws")
     compile: bool = flag(False, "compile the step of a token: on a CPU some seconds, then twice as fast")
+    dtype: str = flag("", "of the layers; int8: with --compile, for a CPU", None, ("bf16", "fp32", "int8"))
     trace: bool = flag(False, "show the next token's candidates after each pass instead of writing")
 
 
@@ -99,12 +100,13 @@ def encode(model, tokenizer, prompt):
 def main():
     s = Settings(**convert.parse(Settings))
     device, dtype, _ = convert.pick_device(s.device, s.dtype)
-    src = convert.resolve(s.init)
-    model, tokenizer = convert.load(src, device, dtype)
+    model, tokenizer = convert.load(s.init, device, dtype)
+    if s.dtype == "int8":
+        quantize(model)
     for part in [*model.layers(), model.lm_head] if s.compile else ():
         part.compile()
     if tokenizer is None:
-        raise InputError(f"{src} has no tokenizer.json: text cannot be read or written without one")
+        raise InputError(f"{s.init or 'it'} has no tokenizer.json: text cannot be read or written without one")
     show = trace if s.trace else write
     if s.prompt or not sys.stdin.isatty():
         show(model, tokenizer, s.prompt or sys.stdin.read().rstrip("\n"), s)

@@ -141,9 +141,8 @@ def train(s):
         raise InputError(f"{out} is at step {first} already, beyond --steps={s.steps}: name another --out")
     out.mkdir(parents=True, exist_ok=True)
     log = open(out / "log.jsonl", "a", encoding="utf-8")
-    if s.compile:
-        for block in model.layers():
-            block.compile()
+    for block in model.layers() if s.compile else ():
+        block.compile()
 
     size = f"{sum(p.numel() for p in model.parameters()) / 1e6:.1f}M parameters in"
     size += f" {len(model.encoder)} + {len(model.reasoning)} + {len(model.decoder)} layers, {len(tokens):,} tokens"
@@ -253,8 +252,7 @@ def story(given):
             print(f"{name:8} {f'{depth} passes' if depth else 'unlooped':20} {loss:.4f}", flush=True)
     stats = exit_stats(model, sequences, 8, Halt(), 16, autocast)
     print(f"looped   {stats['mean_passes']:.2f} passes, by exit {stats['loss']:.4f}")
-    print(f"\nThat took {timedelta(seconds=int(time.time() - begun))}. Now try:")
-    print("python sample.py --max_loops=8 --prompt='def '\npython eval.py")
+    print(f"\nThat took {timedelta(seconds=int(time.time() - begun))}. Now try: python sample.py --max_loops=8")
 
 
 def stage(title, s):

@@ -59,6 +59,19 @@ def test_train_eval_sample(command, checkpoint, tmp_path):
     assert code == 0 and len(rows) == 5 and rows[1].startswith("base") and rows[4].split()[0] == "3"
 
 
+def test_rules_and_int8_on_the_command_line(command, checkpoint):
+    directory, text = checkpoint
+    looped, greedy = f"--init={directory}", ["--prompt=def ", "--max_new_tokens=5", "--temperature=0"]
+    code, _, line = command(sample, looped, *greedy, "--compile", "--dtype=int8", "--threshold=2", "--max_loops=3")
+    assert code == 0 and "3.00 passes each" in line
+    for rule in (["--halt=convergence", "--epsilon=1e9"], ["--halt=cdf", "--threshold=0"]):
+        code, _, line = command(sample, looped, *greedy, "--dtype=fp32", *rule, "--min_loops=2", "--max_loops=4")
+        assert code == 0 and "2.00 passes each" in line
+        code, out, _ = command(evaluation, looped, f"--data={text}", "--context=32", "--tokens=64", *rule, "--json")
+        report = json.loads(out)
+        assert code == 0 and report["rule"] == rule[0].split("=")[1] and report["exit"]["mean_passes"] == 1
+
+
 def test_evaluation_agrees_with_plain_sums(checkpoint):
     directory, text = checkpoint
     model, tokenizer = convert.load(directory)
