@@ -1,14 +1,16 @@
 """
 How fast does a looped model write? Prefill and decode at 1, 2, 4, 8 passes and with exit, and what reading takes.
 
-    python tests/benchmark_speed.py MODEL [--dtype=bf16] [--compile] [--batch=8] [--encoder_layers=2 --decoder_layers=1]
+    python tests/benchmark_speed.py MODEL [--dtype=int8] [--compile] [--batch=8] [--data=held_out.txt] [--profile]
 
-A prompt of 64 random tokens, then tokens one by one; the shortest of several each, everything on this machine in this
-run. The floor is the time in which the machine reads the weights that a token needs, each pass anew.
+A prompt of 64 random tokens, then tokens one by one: the shortest of three prompts, and the time that a quarter of the
+tokens stay under; with exit the mean. Everything on this machine, in this run. The floor is the time in which the
+machine reads the weights that a token needs, each pass anew.
 """
 
 import sys
 import time
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -19,6 +21,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 import convert  # noqa: E402
 import loopus  # noqa: E402
 from convert import flag  # noqa: E402
+from eval import depth_losses, windows  # noqa: E402
 from loopus import Halt  # noqa: E402
 
 PROMPT = 64
@@ -36,6 +39,7 @@ class Settings:
     decoder_layers: int = flag(-1, "layers after the loop; -1: as the checkpoint says")
     compile: bool = flag(False, "compile the step of a token")
     uncached: bool = flag(False, "also without a cache: the whole text for each token")
+    data: str = flag("", "held-out text: also the losses of 4,096 tokens, against those of fp32")
     profile: bool = flag(False, "where the time of a token of 8 passes goes")
     device: str = flag("", "cpu, cuda or mps")
     dtype: str = flag("fp32", "of the weights", None, ("bf16", "fp32", "int8"))
@@ -63,15 +67,23 @@ def main():
     s = Settings(**given)
     device, dtype, _ = convert.pick_device(s.device, s.dtype)
     cuts = dict(encoder_layers=s.encoder_layers, decoder_layers=s.decoder_layers)
+    exact, tokenizer = convert.load(s.init, device, **cuts)
     model, _ = convert.load(s.init, device, dtype, **cuts)
     if s.dtype == "int8":
         loopus.quantize(model)
+    if s.data:
+        sequences = windows(convert.load_tokens(convert.find_files(s.data), tokenizer), 256, 4096)
+        before, after = (depth_losses(m, sequences, [0, 1, 2, 4, 8], 4, nullcontext) for m in (exact, model))
+        for depth, loss in after.items():
+            change = loss / before[depth] - 1
+            print(f"{depth} passes: held-out loss {loss:.4f}, in fp32 {before[depth]:.4f} ({change:+.2%})", flush=True)
+    del exact
     for part in [*model.layers(), model.lm_head] if s.compile else ():
         part.compile()
     c = model.config
     block = torch.randn(1 << 27 if device.type == "cuda" else 1 << 26, device=device)
     bandwidth = block.nbytes / seconds(device, block.sum, 10)
-    name = f"cut {c.encoder_layers}, {c.reasoning_layers}, {c.decoder_layers}, {dtype}, batch {s.batch}, {device}"
+    name = f"cut {c.encoder_layers}, {c.reasoning_layers}, {c.decoder_layers}, {s.dtype}, batch {s.batch}, {device}"
     print(f"{name}{', compiled' if s.compile else ''}; memory read at {bandwidth / 1e9:.1f} GB/s")
     print(f"{'passes':>8} {'prefill/s':>10} {'token s':>9} {'tokens/s':>9} {'floor s':>8} {'of floor':>9}", end="")
     print(f" {'uncached s':>11}" if s.uncached else "")
