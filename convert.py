@@ -260,6 +260,8 @@ def write(model, tokenizer, directory, format="loopus"):
     tensors = {}
     for name, there, transposed in sources(model, layout):
         whole = model.get_parameter(name).detach()
+        if not whole.is_floating_point():
+            raise InputError("int8 layers are for inference and cannot be written: save the model before `quantize`")
         rows = {1: [len(whole)], 2: [c.n_inner, c.n_inner], 3: qkv}[len(there)]
         for n, part in zip(there, whole.split(rows)):
             tensors[n] = (part.T if transposed else part).contiguous()
@@ -657,9 +659,8 @@ def layer_distances(model, idx):
 
 
 def choose_cuts(distances):
-    """The rule: the reasoning block is the plateau, the longest run of layers that each change the state less than
-    twice what the median layer does; never the first and the last layer, as in all of the paper's cuts. → layers before
-    it (encoder), layers after it (decoder)."""
+    """The rule: loop the plateau, the longest run of layers that each change the state less than twice what the median
+    layer does; never the first and the last, as in the paper. → layers before it (encoder), after it (decoder)."""
     last = len(distances) - 1
     borders = sorted({0, last, *torch.nonzero(distances >= 2 * distances.median()).flatten().tolist()})
     before, after = max(zip(borders, borders[1:]), key=lambda pair: pair[1] - pair[0], default=(0, last))

@@ -338,9 +338,8 @@ class LoopUS(nn.Module):
 
     @torch.no_grad()
     def advance(self, idx, start, cache, max_loops, halt):
-        """Run the tokens idx (B, T), which stand at start … start+T−1 after those in the cache. Each loops until `halt`
-        stops it or max_loops; a pass runs on the texts that still loop. → logits of the last token (B, V), passes taken
-        by each (B, T)."""
+        """Run the tokens idx (B, T), which follow the `start` ones in the cache, until `halt` stops each or max_loops;
+        a pass runs on the texts that still loop. → logits of the last token (B, V), passes taken by each (B, T)."""
         depths, passes = cache["reasoning"], torch.zeros_like(idx)
         at = span(self.config, start, idx.size(1), idx.device, depths[0].size(3))
         here = (slice(None),) * 3 + (slice(start, start + idx.size(1)),)
@@ -379,7 +378,7 @@ class LoopUS(nn.Module):
         for _ in range(max_new_tokens):
             if start + new.size(1) > size and start > 0:
                 new, start = idx[:, -max(1, size // 2) :], 0
-            with torch.compiler.set_stance("default" if new.size(1) == 1 else "force_eager"):  # steps, not prompts
+            with torch.compiler.set_stance("default" if new.size(1) == 1 else "force_eager"):  # prompts: not compiled
                 logits, passes = self.advance(new, start, cache, max_loops, halt)
             start += new.size(1)
             new = sample(logits, temperature, top_k, generator, top_p)
@@ -406,7 +405,7 @@ def sample(logits, temperature, top_k, generator, top_p=None):
         logits[:, top_k:] = -torch.inf
     chance = logits.softmax(dim=-1)
     if top_p is not None:
-        chance = chance.masked_fill(chance.cumsum(dim=-1) - chance >= top_p, 0.0)
+        chance = chance.masked_fill(chance.cumsum(dim=-1) - chance >= max(top_p, 1e-9), 0.0)
     return order.gather(1, torch.multinomial(chance, 1, generator=generator))
 
 
@@ -423,8 +422,7 @@ def early_exit(model, idx, max_loops, halt, together=False):
     running, passes = torch.ones_like(idx, dtype=torch.bool), torch.zeros_like(idx)
     doubt = torch.zeros(idx.shape, device=idx.device)
     for b in range(1, max_loops + 1):
-        refined = model.refine(h, at._replace(running=running), shown)
-        before, h = h, torch.where(running[..., None], refined, h)
+        before, h = h, torch.where(running[..., None], model.refine(h, at._replace(running=running), shown), h)
         passes += running
         stop = halt.stops(model, b, before, h, doubt)
         running = running & ~(stop[:, -1:] if together else stop)
@@ -467,7 +465,7 @@ def deep_supervision(model, idx, targets, max_loops, supervised, rng):
     drawn = rng.sample(range(max_loops), supervised)
     with torch.no_grad():
         h = model.encode(idx)
-    for b in range(max(drawn) + 1):
+    for b in range(max(drawn) + 1):  # passes after the last drawn one would teach nothing
         if b in drawn:
             *terms, h = losses(model, h, targets)
             yield terms

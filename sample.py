@@ -15,7 +15,7 @@ import torch
 
 import convert
 from convert import flag
-from loopus import InputError, quantize
+from loopus import Halt, InputError, quantize
 
 TINTS = (75, 79, 114, 150, 186, 215, 209, 203)  # terminal colours from cool, few passes, to warm, many
 
@@ -63,9 +63,8 @@ def write(model, tokenizer, prompt, s):
     except KeyboardInterrupt:
         pass
     print(utf8.decode(b"", final=True), flush=True)
-    seconds, count = time.time() - begun, max(1, len(depths))
-    mean = f"{sum(depths) / count:.2f} passes each on average (of at most {s.max_loops})"
-    print(f"\n{len(depths)} tokens, {mean}, {len(depths) / seconds:.1f} tokens/s", file=sys.stderr)
+    mean = f"{sum(depths) / max(1, len(depths)):.2f} passes each on average (of at most {s.max_loops})"
+    print(f"\n{len(depths)} tokens, {mean}, {len(depths) / (time.time() - begun):.1f} tokens/s", file=sys.stderr)
 
 
 @torch.no_grad()
@@ -76,20 +75,22 @@ def trace(model, tokenizer, prompt, s):
 
     def candidates(h):
         top = model.decode(h)[0, -1].float().softmax(-1).topk(5)
-        return "  ".join(f"{tokenizer.decode([i])!r} {p:.3f}" for p, i in zip(*(t.tolist() for t in top)))
+        words = [tokenizer.decode_bytes([i]).decode(errors="replace") for i in top.indices.tolist()]
+        return "  ".join(f"{word!r} {p:.3f}" for word, p in zip(words, top.values.tolist()))
 
     h = model.encode(ids)
     print(f"{'pass':>4}  {'q':>5}  {'step':>8}  {'α':>5}  candidates")
     print(f"{'base':>4}  {'':5}  {'':8}  {'':5}  {candidates(model.propose(h))}")
-    stopped = False
+    halt, doubt, stopped = Halt(s.halt, s.threshold, s.epsilon, s.min_loops), torch.zeros_like(h[..., 0]).float(), 0
     for b in range(1, s.max_loops + 1):
         proposed = model.propose(h)
         alpha = model.gate.alpha(proposed - h)[0, -1].float().mean()
         before, h = h, model.gate(proposed, h)
         step = (h - before)[0, -1].float().norm()
         q = torch.sigmoid(model.confidence(h).float())[0, -1]
-        note, stopped = "  ← exit" if q >= s.threshold and not stopped else "", stopped or q >= s.threshold
-        print(f"{b:>4}  {q:5.3f}  {step:8.2f}  {alpha:5.3f}  {candidates(h)}{note}")
+        stopped = stopped or (b if halt.stops(model, b, before, h, doubt)[0, -1] else 0)
+        line = f"{b:>4}  {q:5.3f}  {step:8.2f}  {alpha:5.3f}  {candidates(h)}"
+        print(line + "  ← exit" * (stopped == b))
 
 
 def encode(model, tokenizer, prompt):

@@ -59,6 +59,18 @@ def test_train_eval_sample(command, checkpoint, tmp_path):
     assert code == 0 and len(rows) == 5 and rows[1].startswith("base") and rows[4].split()[0] == "3"
 
 
+def test_the_trace_marks_where_the_rule_stops(command, checkpoint):
+    directory, _ = checkpoint
+    for rule, at in ((["--threshold=0.1"], 1), (["--threshold=2"], None), (["--halt=cdf", "--threshold=0.8"], 3)):
+        # an untrained head says 0.5: Π (1 − q) is 1/2, 1/4, 1/8
+        code, out, _ = command(sample, f"--init={directory}", "--prompt=def", "--trace", "--max_loops=5", *rule)
+        rows = [line.split()[0] for line in out.splitlines() if "← exit" in line]
+        assert code == 0 and rows == ([str(at)] if at else [])
+    rule = ["--halt=convergence", "--epsilon=1e9", "--min_loops=2"]
+    _, out, _ = command(sample, f"--init={directory}", "--prompt=def", "--trace", "--max_loops=5", *rule)
+    assert [line.split()[0] for line in out.splitlines() if "← exit" in line] == ["2"]
+
+
 def test_rules_and_int8_on_the_command_line(command, checkpoint):
     directory, text = checkpoint
     looped, greedy = f"--init={directory}", ["--prompt=def ", "--max_new_tokens=5", "--temperature=0"]

@@ -18,7 +18,7 @@ from conftest import BASE, GOLDEN, ROOT, random_model
 from safetensors.torch import load_file, save_file
 
 import convert
-from loopus import InputError
+from loopus import InputError, quantize
 
 # ---- checkpoints
 
@@ -138,6 +138,14 @@ def test_formats_that_cannot_be_written(tmp_path, command):
     assert code == 2 and "invalid choice: 'gguf'" in err and err.count("\n") == 1
     with pytest.raises(InputError, match="format hf needs the pretrained model's config.json"):
         convert.save(random_model(base=None), None, tmp_path / "out", "hf")
+
+
+def test_int8_layers_are_not_written(tmp_path):
+    model = random_model()
+    quantize(model)
+    with pytest.raises(InputError, match="int8 layers are for inference"):
+        convert.save(model, None, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_trained_middle_as_a_plain_model(tmp_path, command):

@@ -306,7 +306,7 @@ def test_seeded_sampling_repeats_and_top_k_one_is_greedy(model):
         return model.generate(idx, 12, 2, 0.6, temperature=1.0, generator=generator, **more)[0]
 
     assert torch.equal(text(1), text(1)) and not torch.equal(text(1), text(2))
-    for more in (dict(top_k=1), dict(top_p=1e-6)):
+    for more in (dict(top_k=1), dict(top_p=1e-6), dict(top_p=0.0)):
         assert torch.equal(text(1, **more), model.generate(idx, 12, 2, 0.6, temperature=0)[0])
 
 
