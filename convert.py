@@ -5,6 +5,7 @@ Everything between a model and the world: checkpoints, the hub, tokenizers, text
     python convert.py SRC --profile    show how much each layer changes the state, and the cuts that follow from it
 """
 
+import ctypes
 import glob
 import hashlib
 import http.client
@@ -13,14 +14,13 @@ import os
 import re
 import shutil
 import sys
-import sysconfig
 import unicodedata
 import urllib.request
 from argparse import SUPPRESS, ArgumentParser, BooleanOptionalAction
-from contextlib import contextmanager, nullcontext
-from dataclasses import asdict, dataclass, field, fields, replace
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field, fields, replace
 from functools import lru_cache, partial
-from itertools import takewhile
+from itertools import islice, takewhile
 from pathlib import Path
 
 import numpy as np
@@ -30,7 +30,6 @@ import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-import loopus
 from loopus import Config, InputError, LoopUS, span
 
 # ---- Layouts: what is particular about each kind of checkpoint. config: our field → its key in config.json, or what
@@ -63,12 +62,11 @@ FAMILIES = {
     "qwen3": LLAMA | dict(config=KEYS | dict(qk_norm=(True,))),
     "phi3": LLAMA | dict(names=NAMES | dict(qkv="self_attn.qkv_proj", up="mlp.gate_up_proj")),
 }  # fmt: skip
-# Ours: every module under its own name, layers numbered through so that it can be cut anew.
-OURS = dict(layer="layers.{i}", names=dict(gate="gate", q_head="q_head"))
-# The authors': these, and the names of the base model's family within a layer.
-LOOPED = dict(wte="encoder.embed_tokens", norm="decoder.norm", lm_head="decoder.lm_head", q_head="q_head")
-LOOPED |= dict(gate="reasoning.gate", gate_down="reasoning.gate.dt_input_proj", gate_up="reasoning.gate.delta_proj")
-AUTHORS = {of: f | dict(layer="{stack}.layers.{j}", names=f["names"] | LOOPED) for of, f in FAMILIES.items()}
+# Looped ones, as the LoopUS authors write them: these, and the family's names within a layer; wpe is our addition.
+LOOPED = dict(wte="encoder.embed_tokens", wpe="encoder.embed_positions", norm="decoder.norm", q_head="q_head",
+    lm_head="decoder.lm_head", gate="reasoning.gate", gate_down="reasoning.gate.dt_input_proj",
+    gate_up="reasoning.gate.delta_proj")  # fmt: skip
+LDS = {of: f | dict(layer="{stack}.layers.{j}", names=f["names"] | LOOPED) for of, f in FAMILIES.items()}
 HARMLESS = (".attn.bias", ".attn.masked_bias", ".rotary_emb.inv_freq")  # buffers that old checkpoints carry
 STEP = "step-" + "[0-9]" * 7  # a finished checkpoint of a training run; one being written has more to its name
 # The paper's cuts (Fig. 16, 17) of Qwen3-1.7B, 4B, 8B, Phi-4, TinyLlama: (layers, width): (encoder, decoder layers).
@@ -79,27 +77,23 @@ def read_config(path, overrides):
     """config.json → (layout, Config, is the head tied). Raises InputError for what we cannot load."""
     try:
         raw = json.loads(path.read_text(encoding="utf-8"))
-        family = raw["model_type"]
-        if family == "loopus":
-            layout, values = OURS, {f.name: raw[f.name] for f in fields(Config) if f.name in raw}
-        elif family == "lds":
-            _, values = read_family(raw["base_config_dict"], path)
-            values |= {f"{stack}_layers": len(raw[f"{stack}_layer_indices"]) for stack in ("encoder", "decoder")}
-            layout, values["base"] = AUTHORS[raw["base_config_dict"]["model_type"]], raw
-        else:
-            layout, values = read_family(raw, path)
-        config = Config(**dict(encoder_layers=0, decoder_layers=0) | values | overrides)
+        looped = raw["model_type"] == "lds"
+        base = raw["base_config_dict"] if looped else raw
+        layout, values = read_family(base, path)
+        if looped:
+            layout, values["base"], values["gate_start"] = LDS[base["model_type"]], raw, raw.get("gate_start", "0.5")
+        cuts = {f"{stack}_layers": len(raw.get(f"{stack}_layer_indices", ())) for stack in ("encoder", "decoder")}
+        config = Config(**values | cuts | overrides)
     except (json.JSONDecodeError, KeyError, TypeError) as e:
         raise InputError(f"{path} is not the config of a model we know ({e!r}): is the file intact?") from None
-    return layout, config, "gate" not in layout["names"] and raw.get("tie_word_embeddings", family == "gpt2")
+    return layout, config, not looped and raw.get("tie_word_embeddings", raw["model_type"] == "gpt2")
 
 
 def read_family(base, path):
     """The config of an unlooped model → (layout, fields of Config)."""
     family = base["model_type"]
     if family not in FAMILIES:
-        expected = f"expected one of {', '.join(FAMILIES)}, or a looped one: loopus, lds"
-        raise InputError(f"{path}: model_type {family} is not supported; {expected}")
+        raise InputError(f"{path}: model_type {family} is not supported; expected lds or {', '.join(FAMILIES)}")
     layout = FAMILIES[family]
     rope = dict(base.get("rope_parameters") or base.get("rope_scaling") or {})
     rope["rope_type"] = rope.get("rope_type") or rope.get("type") or "default"
@@ -110,8 +104,8 @@ def read_family(base, path):
     for key, allowed in layout["only"].items():
         if raw.get(key, allowed[0]) not in allowed:
             raise InputError(f"{path}: {key} {raw[key]} is not supported; expected {' or '.join(map(str, allowed))}")
-    values = {ours: key[0] if isinstance(key, tuple) else raw.get(key) for ours, key in layout["config"].items()}
-    values = {ours: value for ours, value in values.items() if value is not None}
+    raw |= {key: key[0] for key in layout["config"].values() if isinstance(key, tuple)}
+    values = {ours: raw[key] for ours, key in layout["config"].items() if raw.get(key) is not None}
     width, heads = values.get("n_embd", 0), values.get("n_head", 1)
     usual = dict(n_kv_head=heads, head_dim=width // heads, n_inner=4 * width, rope_theta=10000.0)
     return layout, usual | values | dict(rope_scaling=rope if rope["rope_type"] == "llama3" else None, base=base)
@@ -119,23 +113,19 @@ def read_family(base, path):
 
 def written_config(config, format, dtype):
     """Our Config → (layout, config.json) of a checkpoint in that format."""
-    if format == "loopus":
-        return OURS, dict(model_type="loopus") | asdict(config)
     if not config.base:
-        raise InputError(f"format {format} needs the pretrained model's config.json: this model was made without one")
+        raise InputError("the model cannot be written: it was made without the pretrained model's config.json")
     base = config.base.get("base_config_dict", config.base)
     base = base | {"tie_word_embeddings": False, "dtype" if "dtype" in base else "torch_dtype": dtype}
     if format == "hf":
         return FAMILIES[base["model_type"]], base
-    if not config.rope_theta:
-        raise InputError("the authors' format has no place for learned positions: expected a model with rotary ones")
     usual = dict(N=8, q_threshold=0.6, q_eval_interval=1, halting_strategy="threshold", convergence_epsilon=0.01)
     written = usual | (config.base if "base_config_dict" in config.base else {}) | dict(base_config_dict=base)
     written |= dict(model_type="lds", vocab_size=config.vocab_size, hidden_size=config.n_embd)
-    ends = [0, config.encoder_layers, config.n_layer - config.decoder_layers, config.n_layer]
-    for stack, first, end in zip(("encoder", "reasoning", "decoder"), ends, ends[1:]):
-        written[f"{stack}_layer_indices"] = list(range(first, end))
-    return AUTHORS[base["model_type"]], written
+    layers, start, end = [*range(config.n_layer)], config.encoder_layers, config.n_layer - config.decoder_layers
+    written |= dict(encoder_layer_indices=layers[:start], reasoning_layer_indices=layers[start:end])
+    written |= dict(decoder_layer_indices=layers[end:], gate_start=config.gate_start)
+    return LDS[base["model_type"]], written
 
 
 def sources(model, layout):
@@ -163,17 +153,18 @@ def load(src, device="cpu", dtype=torch.float32, **overrides):
     `overrides` are fields of Config, such as encoder_layers=2; −1 and "" count as not given. What was never cut gets
     the paper's cuts, or those of `choose_cuts`. Raises InputError for what is missing, misshapen or unsupported."""
     overrides = {name: value for name, value in overrides.items() if value not in (-1, "")}
+    cuts = {name: overrides.pop(name) for name in ("encoder_layers", "decoder_layers") if name in overrides}
     directory = resolve(src)
     layout, config, tied = read_config(directory / "config.json", overrides)
     tokenizer = load_tokenizer(directory)
     if tokenizer and tokenizer.n_vocab > config.vocab_size:
-        found = f"its tokenizer has {tokenizer.n_vocab} tokens, its model embeds {config.vocab_size}"
-        raise InputError(f"{directory}: {found}: they do not belong together")
+        raise InputError(f"{directory}: a tokenizer of {tokenizer.n_vocab} and a model of {config.vocab_size} tokens")
     model = read_model(directory, layout, config, tied, device, dtype).eval()
-    if "gate" not in layout["names"] and not {"encoder_layers", "decoder_layers"} <= set(overrides):
-        cuts = PAPER_CUTS.get((config.n_layer, config.n_embd))
-        encoder, decoder = cuts or choose_cuts(layer_distances(model, sample_text(model, tokenizer)))
-        cut(model, overrides.get("encoder_layers", encoder), overrides.get("decoder_layers", decoder))
+    encoder, decoder = config.encoder_layers, config.decoder_layers
+    if "gate" not in layout["names"] and len(cuts) < 2:  # never cut before, nor now
+        paper = PAPER_CUTS.get((config.n_layer, config.n_embd))
+        encoder, decoder = paper or choose_cuts(layer_distances(model, sample_text(model, tokenizer)))
+    cut(model, cuts.get("encoder_layers", encoder), cuts.get("decoder_layers", decoder))
     return model, tokenizer
 
 
@@ -181,32 +172,30 @@ def read_model(directory, layout, config, tied, device, dtype):
     """The model of `config` with the weights of the directory, each tensor copied from the mapped file once."""
     with torch.device("meta"):
         model = LoopUS(config)
-    files, state, used, problems = tensor_files(directory), {}, set(), []
-    opened = lru_cache(maxsize=1)(partial(safe_open, framework="pt"))
+    files, state, problems = tensor_files(directory), {}, []
+    opened, unused = lru_cache(maxsize=1)(partial(safe_open, framework="pt")), set(files)
     for count, (name, there, transposed) in enumerate(sources(model, layout)):
         if count % 8 == 0:
             opened.cache_clear()  # what was read of a file stays in memory until it is closed
-        there = [bare(n) for n in there]
-        used.update(there)
+        there, shape = [bare(n) for n in there], model.get_parameter(name).shape
+        unused.difference_update(there)
         if tied and name == "lm_head.weight":
             there = [bare(layout["names"]["wte"]) + ".weight"]
-        shape = model.get_parameter(name).shape
-        missing = [n for n in there if n not in files]
-        parts = [opened(file).get_tensor(n) for file, n in (files[n] for n in there if n in files)]
-        parts = [part.T for part in parts] if transposed else parts
-        rows = [len(part) for part in parts]
-        if missing:
+        if missing := [n for n in there if n not in files]:
             problems.append(f"{' and '.join(missing)} missing")
-        elif any((sum(rows), *part.shape[1:]) != shape for part in parts):
+            continue
+        parts = [opened(file).get_tensor(n) for file, n in (files[n] for n in there)]
+        parts = [part.T if transposed else part for part in parts]
+        rows = [len(part) for part in parts]
+        if any((sum(rows), *part.shape[1:]) != shape for part in parts):
             found = " + ".join(str(list(part.shape)) for part in parts)
             problems.append(f"{' + '.join(there)} shaped {found} instead of {list(shape)}")
-        else:
-            dtype = dtype or parts[0].dtype
-            state[name] = torch.empty(shape, device=device, dtype=dtype)
-            for target, part in zip(state[name].split(rows), parts):
-                target.copy_(part)
-    problems += [f"{n} unknown" for n in sorted(set(files) - used)]
-    if problems:
+            continue
+        dtype = dtype or parts[0].dtype
+        state[name] = torch.empty(shape, device=device, dtype=dtype)
+        for target, part in zip(state[name].split(rows), parts):
+            target.copy_(part)
+    if problems := [*problems, *(f"{n} unknown" for n in sorted(unused))]:
         more = f" (and {len(problems) - 3} more)" if len(problems) > 3 else ""
         raise InputError(f"the weights in {directory} disagree with its config.json: {'; '.join(problems[:3])}{more}")
     new = {name: p for name, p in model.named_parameters() if name not in state}
@@ -220,7 +209,7 @@ def read_model(directory, layout, config, tied, device, dtype):
 def bare(name):
     """A tensor's name without the prefixes that some checkpoints write and others do not; plateau is an old name."""
     name = re.sub(r"(^|\.)module\.", r"\1", name).replace("plateau.", "reasoning.")
-    return name.removeprefix("transformer.").removeprefix("model.")
+    return re.sub(r"^(transformer|model)\.", "", name)
 
 
 def shards(directory):
@@ -245,40 +234,26 @@ def tensor_files(directory):
     return found
 
 
-def save(model, tokenizer, out_dir, format="loopus"):
-    """`write` to out_dir, put in place when it is whole: a failure leaves what was there intact."""
-    with replaced(out_dir) as new:
-        write(model, tokenizer, new, format)
-
-
-def write(model, tokenizer, directory, format="loopus"):
-    """Write config.json, model.safetensors and tokenizer.json into a directory. format "loopus": ours; "hf": encoder,
-    loop and decoder put back as one unlooped model, as on the hub; "authors": for the LoopUS authors' code."""
-    c = model.config
+def save(model, tokenizer, out_dir, format="authors", **more):
+    """Write config.json, model.safetensors, tokenizer.json and, for each of more, name=write, what write(path) writes
+    into the directory out_dir. format "authors": looped, as the LoopUS authors have it; "hf": encoder, loop and decoder
+    put back as one unlooped model, as on the hub. All of it is put in place, or nothing: raises InputError."""
+    c, tensors, out_dir = model.config, {}, Path(out_dir)
     layout, config = written_config(c, format, str(model.wte.weight.dtype).removeprefix("torch."))
-    qkv = [n * c.head_dim for n in (c.n_head, c.n_kv_head, c.n_kv_head)]
-    tensors = {}
+    rows = {2: [c.n_inner] * 2, 3: [n * c.head_dim for n in (c.n_head, c.n_kv_head, c.n_kv_head)]}
     for name, there, transposed in sources(model, layout):
         whole = model.get_parameter(name).detach()
-        if not whole.is_floating_point():
-            raise InputError("int8 layers are for inference and cannot be written: save the model before `quantize`")
-        rows = {1: [len(whole)], 2: [c.n_inner, c.n_inner], 3: qkv}[len(there)]
-        for n, part in zip(there, whole.split(rows)):
+        for n, part in zip(there, whole.split(rows.get(len(there), len(whole)))):
             tensors[n] = (part.T if transposed else part).contiguous()
-    (directory / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-    if tokenizer:
-        (directory / "tokenizer.json").write_text(json.dumps(tokenizer.spec, ensure_ascii=False), encoding="utf-8")
-    save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
-
-
-@contextmanager
-def replaced(out_dir):
-    """A directory to write into. Its files go to out_dir when the block ends well; if not, nothing has happened."""
-    out_dir = Path(out_dir)
     new = out_dir.with_name(f"{out_dir.name}.new-{os.getpid()}")
     try:
         new.mkdir(parents=True)
-        yield new
+        (new / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+        if tokenizer:
+            (new / "tokenizer.json").write_text(json.dumps(tokenizer.spec, ensure_ascii=False), encoding="utf-8")
+        save_file(tensors, new / "model.safetensors", metadata={"format": "pt"})
+        for name, write in more.items():
+            write(new / name)
         if not out_dir.exists():
             new.rename(out_dir)
         else:
@@ -323,8 +298,8 @@ def download(name, revision):
     (below HF_HOME), or in our cache, fetched once, the weights last."""
     home = os.environ.get("HF_HOME") or Path.home() / ".cache" / "huggingface"
     theirs = Path(os.environ.get("HF_HUB_CACHE") or Path(home, "hub"), f"models--{name.replace('/', '--')}")
-    ref = theirs / "refs" / revision
-    theirs = theirs / "snapshots" / (ref.read_text().strip() if ref.exists() else revision)
+    commit = theirs / "refs" / revision
+    theirs = theirs / "snapshots" / (commit.read_text().strip() if commit.exists() else revision)
     directory = cache_dir() / "hub" / f"{name}@{revision}".replace("/", "--")
     for kept in (theirs, directory):
         if (kept / "config.json").exists() and all(shard.exists() for shard in shards(kept)):
@@ -332,9 +307,7 @@ def download(name, revision):
     url = f"{os.environ.get('HF_ENDPOINT') or 'https://huggingface.co'}/{name}/resolve/{revision}/"
     directory.mkdir(parents=True, exist_ok=True)
     fetch(url, "config.json", directory)
-    if not fetch(url, "tokenizer.json", directory, optional=True):
-        for file in ("vocab.json", "merges.txt", "added_tokens.json"):
-            fetch(url, file, directory, optional=True)
+    fetch(url, "tokenizer.json", directory, optional=True)
     if not fetch(url, "model.safetensors", directory, optional=True):
         if not fetch(url, "model.safetensors.index.json", directory, optional=True):
             raise InputError(f"{name}@{revision} has no safetensors on the hub: pickled weights are not read")
@@ -370,7 +343,6 @@ def fetch(url, name, directory, optional=False):
             have = have if answer.status == 206 else 0  # 206: the rest is coming; else all of it
             stated = {key.lower(): value for key, value in answer.headers.items()} | redirects.stated
             size = int(stated.get("x-linked-size") or have + int(answer.headers["Content-Length"] or 0))
-            sha256 = stated.get("x-linked-etag", "").strip('"')
             with open(part, "ab" if have else "wb") as out:
                 while block := answer.read(1 << 20):
                     have += out.write(block)
@@ -386,6 +358,7 @@ def fetch(url, name, directory, optional=False):
         raise InputError(f"cannot fetch {url}{name} ({e}): go online and run it again, or give a directory") from None
     if have < size:
         raise InputError(f"{url}{name} broke off after {have} of {size} bytes: run it again to go on from there")
+    sha256 = stated.get("x-linked-etag", "").strip('"')
     with open(part, "rb") as file:
         same = len(sha256) != 64 or hashlib.file_digest(file, "sha256").hexdigest() == sha256
     if have > size > 0 or not same:
@@ -403,11 +376,9 @@ DIGITS_SPLIT = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+|\s+(?![^
 SPACE = "▁"  # what sentencepiece writes for a space
 WORDS, WHOLE = r" +[^ ]*|[^ ]+", r"[\s\S]+"  # sentencepiece: text as words, or where tokens join words as a whole
 PREPEND = [dict(type="Prepend", prepend=SPACE), dict(type="Replace", pattern=dict(String=" "), content=SPACE)]
-PREPEND = dict(type="Sequence", normalizers=PREPEND)
 # Byte-level BPE writes bytes as printable characters: the visible ones of Latin-1 as they are.
 VISIBLE = [*range(33, 127), *range(161, 173), *range(174, 256)]
-HIDDEN = [b for b in range(256) if b not in VISIBLE]
-ALPHABET = {b: chr(b) for b in VISIBLE} | {b: chr(256 + i) for i, b in enumerate(HIDDEN)}
+ALPHABET = {b: chr(b) for b in VISIBLE} | {b: chr(256 + i) for i, b in enumerate(sorted({*range(256)} - {*VISIBLE}))}
 
 
 def byte_level(model):
@@ -469,7 +440,9 @@ class Tokenizer:
         self.end_of_text = next((self.added[name] for name in ends if name in self.added), None)
 
     def encode(self, text, goes_on=False):
-        """Text → ids. goes_on: it is the rest of a text that was cut at a `border`."""
+        """Text → ids; ids stay as they are. goes_on: it is the rest of a text that was cut at a `border`."""
+        if not isinstance(text, str):
+            return text
         ids = []
         for i, part in enumerate(self.is_added.split(text)):
             if i % 2:
@@ -502,7 +475,7 @@ def text_style(spec, where):
     plain = steps[-1].get("use_regex", True) and not steps[-1].get("add_prefix_space")
     if model.get("byte_fallback"):
         split = WHOLE if any(re.search(f"[^{SPACE}]{SPACE}", token) for token in merged(model)) else WORDS
-        if kinds == ["none"] and normalizer == PREPEND:
+        if kinds == ["none"] and normalizer == dict(type="Sequence", normalizers=PREPEND):
             return split, False, "each"
         if kinds == ["Metaspace"] and normalizer is None and steps[0].get("split") is False:
             return split, False, steps[0].get("prepend_scheme", "always")
@@ -517,38 +490,19 @@ def text_style(spec, where):
     raise InputError(f"{where}: {found} is not supported; expected BPE as GPT-2, SmolLM2, Llama or Qwen have it")
 
 
-def byte_level_spec(vocab, merges, added):
-    """What GPT-2's tokenizer.json says of byte-level BPE; added: {content: id} of its special tokens."""
-    flags = dict(special=True, normalized=False, single_word=False, lstrip=False, rstrip=False)
-    added = [dict(id=i, content=content) | flags for content, i in added.items()]
-    level = dict(type="ByteLevel", add_prefix_space=False, trim_offsets=True, use_regex=True)
-    model = dict(type="BPE", vocab=vocab, merges=merges)
-    return dict(version="1.0", added_tokens=added, normalizer=None, pre_tokenizer=level, decoder=level, model=model)
-
-
 def byte_tokenizer():
     """One token per byte, id = byte, and <|endoftext|> as 256: for models that are trained from nothing."""
-    vocab = {character: b for b, character in ALPHABET.items()}
-    return Tokenizer(byte_level_spec(vocab, [], {"<|endoftext|>": 256}))
+    end = dict(id=256, content="<|endoftext|>", special=True, normalized=False, lstrip=False, rstrip=False)
+    level = dict(type="ByteLevel", add_prefix_space=False, trim_offsets=True, use_regex=True)
+    model = dict(type="BPE", vocab={character: b for b, character in ALPHABET.items()}, merges=[])
+    return Tokenizer(dict(version="1.0", added_tokens=[end], pre_tokenizer=level, decoder=level, model=model))
 
 
 def load_tokenizer(src):
-    """The tokenizer of a hub name or directory: its tokenizer.json, or vocab.json and merges.txt; None without."""
-    directory = resolve(src)
-    path = directory / ("tokenizer.json" if (directory / "tokenizer.json").exists() else "vocab.json")
-    if not path.exists():
-        return None
+    """The tokenizer of a hub name or directory, from its tokenizer.json; None without."""
+    path = resolve(src) / "tokenizer.json"
     try:
-        spec = json.loads(path.read_text(encoding="utf-8"))
-        if path.name == "vocab.json":  # GPT-2's older files; for others they do not say how text is cut
-            if json.loads((directory / "config.json").read_text())["model_type"] != "gpt2":
-                raise InputError(f"{directory} has a vocab.json, but no tokenizer.json: fetch it")
-            more, merges = directory / "added_tokens.json", (directory / "merges.txt").read_text(encoding="utf-8")
-            added = {token: i for token, i in spec.items() if token == "<|endoftext|>"}
-            added |= json.loads(more.read_text(encoding="utf-8")) if more.exists() else {}
-            merges = [line for line in merges.split("\n") if line and not line.startswith("#version")]
-            spec = byte_level_spec(spec, merges, added)
-        return Tokenizer(spec, path)
+        return Tokenizer(json.loads(path.read_text(encoding="utf-8")), path) if path.exists() else None
     except (json.JSONDecodeError, KeyError, TypeError) as e:
         raise InputError(f"{path} is no tokenizer that can be read ({e!r}): fetch it again") from None
 
@@ -556,12 +510,17 @@ def load_tokenizer(src):
 # ---- Text
 
 
+def rows(tokens, starts, context):
+    """Inputs and next tokens, (n, context) each, of the windows of `tokens` that begin at `starts`."""
+    ids = torch.from_numpy(np.stack([tokens[i : i + context + 1] for i in starts]).astype(np.int64))
+    return ids[:, :-1], ids[:, 1:]
+
+
 def find_files(data):
     """A file, a directory (all its files), a glob, or "python": the source of its standard library → sorted paths."""
-    data = f"{sysconfig.get_paths()['stdlib']}/*.py" if data == "python" else data
-    pattern = f"{data}/**" if Path(data).is_dir() else data
-    found = [Path(data)] if Path(data).is_file() else map(Path, glob.glob(pattern, recursive=True))
-    found = sorted(f for f in found if f.is_file() and not f.name.startswith("."))
+    data = f"{Path(os.__file__).parent}/*.py" if data == "python" else data
+    found = [data] if Path(data).is_file() else glob.glob(f"{data}/**" if Path(data).is_dir() else data, recursive=True)
+    found = sorted(f for f in map(Path, found) if f.is_file() and not f.name.startswith("."))
     if not any(f.stat().st_size for f in found):
         raise InputError(f"{data} {'is empty' if found else 'matches no file'}: expected text, a directory, a glob")
     return found
@@ -579,8 +538,8 @@ def load_data(data, val, tokenizer):
 
 
 def load_tokens(files, tokenizer):
-    """Text or .bin files → one memory-mapped array of token ids. Texts are tokenised once, each closed by end-of-text,
-    and kept in the cache, as uint16 or, for large vocabularies, uint32. Raises InputError for anything else."""
+    """Text, .jsonl or .bin files → one memory-mapped array of token ids. Texts are tokenised once, on all
+    cores, and kept in the cache as uint16 or, for large vocabularies, uint32. Raises InputError for anything else."""
     if tokenizer is None:
         raise InputError("the model has no tokenizer.json: text cannot be read or written without one")
     dtype = np.uint16 if tokenizer.n_vocab <= 1 << 16 else np.uint32
@@ -589,27 +548,45 @@ def load_tokens(files, tokenizer):
     stamp = hashlib.sha256(json.dumps(tokenizer.spec, sort_keys=True).encode())
     for f in files:
         stamp.update(f"{f.resolve()} {f.stat().st_size} {f.stat().st_mtime_ns}\n".encode())
-    path = cache_dir() / "tokens" / f"{stamp.hexdigest()[:32]}.bin"
+    path = cache_dir() / f"{stamp.hexdigest()[:32]}.bin"
     if not path.exists():
-        path.parent.mkdir(parents=True, exist_ok=True)
         total, done, part = sum(f.stat().st_size for f in files), 0, path.with_suffix(f".{os.getpid()}")
-        end = [] if tokenizer.end_of_text is None else [tokenizer.end_of_text]
+        work = (passage for f in files for passage in passages(f, dtype, tokenizer))
         try:
-            with open(part, "wb") as out:
-                for f in files:
-                    if f.suffix == ".bin":
-                        map_tokens(f, dtype, tokenizer).astype(dtype).tofile(out)
-                        continue
-                    np.array(tokenizer.begin, dtype=dtype).tofile(out)
-                    for goes_on, piece in enumerate(pieces(f, tokenizer.border)):
-                        np.array(tokenizer.encode(piece, goes_on > 0), dtype=dtype).tofile(out)
-                        done += len(piece.encode())
-                        progress("tokenising", done, total)
-                    np.array(end, dtype=dtype).tofile(out)
+            with open(part, "wb") as out, ThreadPoolExecutor() as pool:
+                while some := list(islice(work, 64)):
+                    for (text, _), ids in zip(some, pool.map(lambda passage: tokenizer.encode(*passage), some)):
+                        np.array(ids, dtype=dtype).tofile(out)
+                        done += len(text)
+                    progress("tokenising", done, total)
+            progress("tokenising", total, total)
             part.replace(path)
         finally:
             part.unlink(missing_ok=True)
     return np.memmap(path, dtype=dtype, mode="r")
+
+
+def passages(path, dtype, tokenizer, size=1 << 20):
+    """A file as (text of about `size` characters or ids, do they go on with those before), each document closed by
+    end-of-text; a .jsonl has one per line, its "text"."""
+    if path.suffix == ".bin":
+        yield map_tokens(path, dtype, tokenizer), False
+        return
+    try:
+        texts = (json.loads(line)["text"] for line in path.open(encoding="utf-8"))
+        for text in texts if path.suffix == ".jsonl" else [path.read_text(encoding="utf-8")]:
+            yield tokenizer.begin, False
+            start = 0
+            while start < len(text):
+                border = tokenizer.border.search(text, start + size)
+                stop = border.start() if border else len(text)
+                yield text[start:stop], start > 0
+                start = stop
+            yield [] if tokenizer.end_of_text is None else [tokenizer.end_of_text], True
+    except UnicodeDecodeError as e:
+        raise InputError(f"{path} is not UTF-8 text (byte {e.start}): give text, or tokens as .bin") from None
+    except (ValueError, KeyError, TypeError) as e:
+        raise InputError(f'{path}: expected an object with "text" in each line ({e!r})') from None
 
 
 def map_tokens(path, dtype, tokenizer):
@@ -624,26 +601,13 @@ def map_tokens(path, dtype, tokenizer):
     return tokens
 
 
-def pieces(path, border, size=1 << 20):
-    """A text file in pieces of about `size` characters, each of which begins at a `border` of the tokenizer."""
-    try:
-        text, start = path.read_text(encoding="utf-8"), 0
-    except UnicodeDecodeError as e:
-        raise InputError(f"{path} is not UTF-8 text (byte {e.start}): give text, or tokens as .bin") from None
-    while start < len(text):
-        match = border.search(text, start + size)
-        end = match.start() if match else len(text)
-        yield text[start:end]
-        start = end
-
-
 # ---- Where to cut, §3.1 and Fig. 1
 
 
 def sample_text(model, tokenizer):
     """Tokens (1, T) to look at a model with: this project's own words or, without a tokenizer, any numbers."""
+    ids = tokenizer.encode(sys.modules[LoopUS.__module__].__doc__) if tokenizer else [i * 7919 for i in range(256)]
     length = min(256, model.config.block_size)
-    ids = tokenizer.encode(loopus.__doc__) if tokenizer else [i * 7919 for i in range(length)]
     return torch.tensor([ids[:length]], device=model.wte.weight.device) % model.config.vocab_size
 
 
@@ -689,37 +653,40 @@ def parse(settings, *positional):
     parser.error = lambda message: parser.exit(2, f"{parser.prog}: {message}; --help lists what there is\n")
     for f in fields(settings):
         text = f.metadata["help"].replace("%", "%%") + (f" (default {f.default})" if f.default != "" else "")
-        if f.name in positional:
-            parser.add_argument(f.name, help=text, nargs="?")
-        elif f.type is bool:
-            parser.add_argument(f"--{f.name}", help=text, action=BooleanOptionalAction)
-        else:
-            kind = dict(type=f.type, metavar=f.type.__name__.upper(), choices=f.metadata["choices"])
-            parser.add_argument(f"--{f.name}", help=text, **kind)
-    given = vars(parser.parse_args())
-    for f in fields(settings):
-        least = f.metadata["least"]
-        if least is not None and given.get(f.name, least) < least:
-            parser.error(f"--{f.name}={given[f.name]} is too small, expected at least {least}")
+        kind = dict(type=f.type, metavar=f.type.__name__.upper(), choices=f.metadata["choices"])
+        kind = dict(action=BooleanOptionalAction) if f.type is bool else kind
+        name, kind = (f.name, dict(nargs="?")) if f.name in positional else (f"--{f.name}", kind)
+        parser.add_argument(name, help=text, **kind)
+    for name, value in (given := vars(parser.parse_args())).items():
+        least = settings.__dataclass_fields__[name].metadata["least"]
+        if least is not None and value < least:
+            parser.error(f"--{name}={value} is too small, expected at least {least}")
     return given
 
 
 def run(main):
     """Call main(); what the user can mend, and Ctrl-C, end it with one line and a non-zero exit code."""
+    if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
+        (
+            libc.mallopt(-3, 1 << 30),
+            libc.mallopt(-1, (1 << 31) - 1),
+        )  # keep freed memory: getting it anew costs a CPU much
     try:
         main()
     except BrokenPipeError:
         os._exit(1)  # whoever read the output, such as `head`, has left
     except (InputError, OSError) as e:
         sys.exit(f"error: {' '.join(str(e).split())}")
-    except KeyboardInterrupt:
+    except (MemoryError, RuntimeError) as e:
+        if type(e) is RuntimeError and "memory" not in str(e):
+            raise
+        sys.exit("error: out of memory: turn down --batch or --context, or turn on train.py's --checkpointing")
+    except (KeyboardInterrupt, EOFError):  # Ctrl-C, or Ctrl-D at a prompt
         sys.exit("\ninterrupted")
-    except EOFError:  # Ctrl-D at a prompt
-        print()
 
 
 def pick_device(name, dtype):
-    """→ device, dtype and autocast() of --device and --dtype; by itself bf16 where the device is good at it."""
+    """→ device and dtype of --device and --dtype; by itself bf16 where the device is good at it."""
     name = name or ("cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu")
     try:
         device = torch.empty(0, device=name).device
@@ -727,8 +694,18 @@ def pick_device(name, dtype):
         raise InputError(f"--device={name} is not to be had here: expected cpu, cuda or mps") from None
     native = {"cuda": torch.cuda.is_bf16_supported, "cpu": getattr(torch.cpu, "_is_avx512_bf16_supported", bool)}
     bf16 = dtype == "bf16" or not dtype and native.get(device.type, bool)()
-    dtype = torch.bfloat16 if bf16 else torch.float32
-    return device, dtype, partial(torch.autocast, device.type, dtype, enabled=bf16)
+    return device, torch.bfloat16 if bf16 else torch.float32
+
+
+def peak_memory(device):
+    """Most memory that this process has held, in GB: of the GPU, or its resident set."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated() / 1e9
+    if sys.platform == "win32":
+        return float("nan")
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 1e9
 
 
 def progress(what, done, total):
@@ -756,49 +733,43 @@ class Settings:
 
     src: str = flag("", "hub name or directory of the model")
     out: str = flag("", "directory to write")
-    format: str = flag("loopus", "or hf: unlooped, for any tool; authors: theirs", None, ("loopus", "hf", "authors"))
-    dtype: str = flag("", "of the weights to write; empty: as they are stored", None, ("fp32", "bf16", "fp16"))
+    format: str = flag("authors", "looped, as its authors have it; hf: unlooped, for any tool", None, ("authors", "hf"))
     profile: bool = flag(False, "show how much each layer changes the state, the cuts, and the untrained losses")
     encoder_layers: int = flag(-1, "layers before the loop; -1: the paper's cut, or by the profile")
     decoder_layers: int = flag(-1, "layers after the loop; -1: likewise")
-    gate_start: str = flag("", "first α of every channel, or s4d: the authors' start; empty: 0.5")
 
 
 def show_profile(model, tokenizer):
     """Print a bar per layer, the cuts, and the untrained losses of these and of their neighbours."""
     from eval import depth_losses  # eval.py reads models through this file
 
-    sequences = sample_text(model, tokenizer)
-    distances = layer_distances(model, sequences[:, :-1])
-    n, encoder, decoder = model.config.n_layer, model.config.encoder_layers, model.config.decoder_layers
+    idx, n = sample_text(model, tokenizer), model.config.n_layer
+    encoder, decoder, distances = len(model.encoder), len(model.decoder), layer_distances(model, idx[:, :-1])
     print("1 − cos between the states that enter and leave each layer")
     for i, d in enumerate(distances.tolist()):
         part = "encoder" if i < encoder else "decoder" if i >= n - decoder else "loop"
         print(f"layer {i:>2}  {part:7}  {d:6.3f}  {'█' * round(50 * d / distances.max().item())}")
-    rule = "by the rule: encoder {}, decoder {};".format(*choose_cuts(distances))
-    print(f"{rule} taken: {encoder}, {decoder}\n\nuntrained loss after    1        2        4        8 passes")
-    cuts = [(encoder + a, decoder + b) for a, b in ((0, 0), (-1, 0), (1, 0), (0, -1), (0, 1))]
-    for e, d in ((e, d) for e, d in cuts if min(e, d) >= 0 and e + d < n):
-        cut(model, e, d)
-        losses = depth_losses(model, sequences, [1, 2, 4, 8], 8, nullcontext)
-        print(f"cut {e:>2}, {d:<2}        " + "".join(f"{loss:9.3f}" for loss in losses.values()), flush=True)
-    print(f"the model itself  {depth_losses(model, sequences, [0], 8, nullcontext)[0]:9.3f}")
+    print("by the rule: encoder {}, decoder {};".format(*choose_cuts(distances)), f"taken: {encoder}, {decoder}")
+    print("\nuntrained loss after    1        2        4        8 passes")
+    for e, d in [(encoder + a, decoder + b) for a, b in ((0, 0), (-1, 0), (1, 0), (0, -1), (0, 1))]:
+        if min(e, d) >= 0 and e + d < n:
+            cut(model, e, d)
+            losses = depth_losses(model, (idx[:, :-1], idx[:, 1:]), [0, 1, 2, 4, 8], 8)
+            print(f"cut {e:>2}, {d:<2}        " + "".join(f"{losses[b]:9.3f}" for b in (1, 2, 4, 8)), flush=True)
+    print(f"the model itself  {losses[0]:9.3f}")
 
 
 def main():
     s = Settings(**parse(Settings, "src", "out"))
     if not s.src or not (s.out or s.profile):
         raise InputError("expected: convert.py SRC OUT, or convert.py SRC --profile")
-    dtype = {"": None, "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[s.dtype]
-    cuts = dict(encoder_layers=s.encoder_layers, decoder_layers=s.decoder_layers)
-    model, tokenizer = load(s.src, "cpu", dtype, **cuts, gate_start=s.gate_start)
-    if s.profile:
-        show_profile(model, tokenizer)
+    model, tokenizer = load(s.src, "cpu", None, encoder_layers=s.encoder_layers, decoder_layers=s.decoder_layers)
     if s.out:
         save(model, tokenizer, s.out, s.format)
-        print(
-            f"{s.out}: {len(model.encoder)} encoder, {len(model.reasoning)} looped, {len(model.decoder)} decoder layers"
-        )
+        stacks = model.encoder, model.reasoning, model.decoder
+        print("{}: {} encoder, {} looped, {} decoder layers".format(s.out, *map(len, stacks)))
+    if s.profile:
+        show_profile(model, tokenizer)
 
 
 if __name__ == "__main__":

@@ -3,20 +3,24 @@ Measure a model on held-out text: at every depth, with confidence exit, and how 
 
     python eval.py                                the model train.py wrote last, on the text its training held out
     python eval.py --init=gpt2 --data=book.txt    any model, any text
+    python eval.py --task=speed gpt2              tokens per second; with --train, of training
 
 Loss is the mean cross-entropy per token in nats, perplexity its exponential; bits per byte compare across tokenizers.
 """
 
+import importlib
 import json
 import math
+import sys
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
 
 import convert
 from convert import flag
-from loopus import Halt, InputError, early_exit, lm_loss
+from loopus import Halt, InputError, early_exit
 
 
 @dataclass
@@ -31,45 +35,41 @@ class Settings(convert.Inference):
 
 
 def windows(tokens, context, limit):
-    """At most `limit` tokens as evenly spread, non-overlapping sequences (n, context + 1)."""
+    """At most `limit` tokens as evenly spread, non-overlapping sequences: inputs and next tokens, (n, context) each."""
     count = (len(tokens) - 1) // context
     if count < 1:
         raise InputError(f"{len(tokens)} held-out tokens are less than one context of {context}: give more text")
     starts = np.linspace(0, count - 1, max(1, min(count, limit // context))).astype(int) * context
-    return torch.from_numpy(np.stack([tokens[i : i + context + 1] for i in starts]).astype(np.int64))
+    return convert.rows(tokens, starts, context)
 
 
 @torch.no_grad()
-def depth_losses(model, sequences, depths, batch, autocast):
-    """{passes: mean loss in nats} over sequences (n, T + 1), for each of `depths`; 0 is the ungated pass."""
+def depth_losses(model, sequences, depths, batch):
+    """{passes: mean loss in nats} over sequences of `windows`, for each of `depths`; 0 is the ungated pass."""
     sums = dict.fromkeys(depths, 0.0)
-    for part in sequences.to(model.wte.weight.device).split(batch):
-        x, y = part[:, :-1], part[:, 1:]
-        with autocast():
-            h = model.encode(x)
-            if 0 in sums:
-                sums[0] += lm_loss(model.decode(model.propose(h)), y).item() * len(part)
-            for b in range(1, max(depths) + 1):
-                h = model.refine(h)
-                if b in sums:
-                    sums[b] += lm_loss(model.decode(h), y).item() * len(part)
-    return {depth: total / len(sequences) for depth, total in sums.items()}
+    for x, y in zip(*(part.to(model.wte.weight.device).split(batch) for part in sequences)):
+        h = model.encode(x)
+        if 0 in sums:
+            sums[0] += model.loss(model.propose(h), y)[0].item() * len(x)
+        for b in range(1, max(depths) + 1):
+            h = model.refine(h)
+            if b in sums:
+                sums[b] += model.loss(h, y)[0].item() * len(x)
+    return {depth: total / len(sequences[0]) for depth, total in sums.items()}
 
 
 @torch.no_grad()
-def exit_stats(model, sequences, max_loops, halt, batch, autocast):
+def exit_stats(model, sequences, max_loops, halt, batch):
     """With confidence exit: mean loss, mean passes, histogram of tokens by their passes 1 … max_loops, and in ten bins
     of confidence the tokens, their mean confidence and how often the likeliest token was right; ece: the mean gap."""
     loss, passes, confidence, right = 0.0, [], [], []
-    for part in sequences.to(model.wte.weight.device).split(batch):
-        x, y = part[:, :-1], part[:, 1:]
-        with autocast():
-            h, taken = early_exit(model, x, max_loops, halt)
-            logits = model.decode(h)
-            loss += lm_loss(logits, y).item() * len(part) / len(sequences)
-            confidence.append(torch.sigmoid(model.confidence(h).float()).flatten().cpu())
-        right.append((logits.argmax(-1) == y).float().flatten().cpu())
+    for x, y in zip(*(part.to(model.wte.weight.device).split(batch) for part in sequences)):
+        h, taken = early_exit(model, x, max_loops, halt)
+        mean, correct = model.loss(h, y)
+        loss += mean.item() * len(x) / len(sequences[0])
         passes.append(taken.flatten().cpu())
+        confidence.append(torch.sigmoid(model.confidence(h).float()).flatten().cpu())
+        right.append(correct.float().flatten().cpu())
     passes, confidence, right = torch.cat(passes), torch.cat(confidence), torch.cat(right)
     bins = []
     for i, member in enumerate((confidence * 10).long().clamp(max=9) == torch.arange(10)[:, None]):
@@ -82,10 +82,14 @@ def exit_stats(model, sequences, max_loops, halt, batch, autocast):
 
 
 def main():
+    if "--task=speed" in sys.argv:  # the benchmark lies beside the tests, and has flags of its own: --task=speed --help
+        sys.argv.remove("--task=speed")
+        sys.path.append(str(Path(__file__).parent / "tests"))
+        return importlib.import_module("benchmark_speed").main()
     s = Settings(**convert.parse(Settings))
-    device, _, autocast = convert.pick_device(s.device, s.dtype)
+    device, dtype = convert.pick_device(s.device, s.dtype)
     directory = convert.resolve(s.init)
-    model, tokenizer = convert.load(directory, device=device)
+    model, tokenizer = convert.load(directory, device, dtype)
     if s.data:
         tokens = convert.load_tokens(convert.find_files(s.data), tokenizer)
     elif not (directory / "settings.json").exists():
@@ -95,12 +99,12 @@ def main():
         tokens = convert.load_data(trained["data"], trained["val"], tokenizer)[1]
     context = min(s.context, model.config.block_size)
     sequences = windows(tokens, context, s.tokens)
-    count = sequences[:, 1:].numel()
-    bits_per_byte = count / sum(len(tokenizer.bytes_of[i]) for i in sequences[:, 1:].flatten().tolist()) / math.log(2)
-    by_depth = depth_losses(model, sequences, range(s.max_loops + 1), s.batch, autocast)
+    lengths = [len(tokenizer.bytes_of[i]) for i in sequences[1].flatten().tolist()]
+    count, bits_per_byte = len(lengths), len(lengths) / sum(lengths) / math.log(2)
+    losses = depth_losses(model, sequences, range(s.max_loops + 1), s.batch)
     halt = Halt(s.halt, s.threshold, s.epsilon, s.min_loops)
-    exit = exit_stats(model, sequences, s.max_loops, halt, s.batch, autocast)
-    rows = [*((depth, depth, loss) for depth, loss in by_depth.items()), ("exit", exit["mean_passes"], exit["loss"])]
+    exit = exit_stats(model, sequences, s.max_loops, halt, s.batch)
+    rows = *((depth, depth, loss) for depth, loss in losses.items()), ("exit", exit["mean_passes"], exit["loss"])
     names = "passes", "mean_passes", "loss", "perplexity", "bits_per_byte"
     rows = [dict(zip(names, (*row, math.exp(row[-1]), row[-1] * bits_per_byte))) for row in rows]
     if s.json:

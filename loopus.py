@@ -26,6 +26,7 @@ from typing import NamedTuple
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
 
 
 class InputError(ValueError):
@@ -128,21 +129,11 @@ class Linear(nn.Linear):
     """nn.Linear that for one token, compiled for a CPU, is a sum: this reads the matrix at the memory's speed, twice as
     fast as torch's own product of a matrix and a vector."""
 
-    scale = None  # (outputs,), where the matrix is int8: see `quantize`
-
     def forward(self, x):
         if x.numel() > self.in_features or not torch.compiler.is_compiling() or x.is_cuda or x.requires_grad:
-            return F.linear(x, self.weight if self.scale is None else self.weight * self.scale[:, None], self.bias)
-        y = (self.weight.float() * x.float().flatten()).sum(dim=-1) * (1.0 if self.scale is None else self.scale)
+            return super().forward(x)
+        y = (self.weight.float() * x.float().flatten()).sum(dim=-1)
         return (y if self.bias is None else y + self.bias).type_as(x).view(*x.shape[:-1], -1)
-
-
-@torch.no_grad()
-def quantize(model):
-    """Round the matrices of all layers to int8, in place: for inference, a quarter of the bytes to read in a pass."""
-    for layer in (m for block in model.layers() for m in block.modules() if isinstance(m, Linear)):
-        layer.scale = layer.weight.abs().amax(dim=1) / 127
-        layer.weight = nn.Parameter((layer.weight / layer.scale[:, None]).round().to(torch.int8), requires_grad=False)
 
 
 class Block(nn.Module):
@@ -249,6 +240,8 @@ class Halt(NamedTuple):
 
 
 class LoopUS(nn.Module):
+    checkpointing = False  # in training, keep each block's input alone and run it again in backward
+
     def __init__(self, config):
         super().__init__()
         self.config = c = config
@@ -271,25 +264,17 @@ class LoopUS(nn.Module):
         nn.init.zeros_(self.q_head[1].weight)
         nn.init.zeros_(self.q_head[1].bias)
 
-    @torch.no_grad()
-    def reset_parameters(self):
-        """Start a model that is to be pretrained from nothing, as GPT-2 was: normal weights, residual ones smaller."""
-        for name, p in self.named_parameters():
-            if p.dim() > 1:
-                residual = name.endswith(("out.weight", "down.weight"))
-                nn.init.normal_(p, std=0.02 / (2 * self.config.n_layer) ** 0.5 if residual else 0.02)
-            elif name.endswith("bias"):
-                nn.init.zeros_(p)
-        self.reset_new_parameters()
-
     def layers(self):
         """All blocks in the pretrained model's order."""
         return [*self.encoder, *self.reasoning, *self.decoder]
 
-    def run(self, blocks, h, at, cache):
+    def run(self, blocks, h, at=None, cache=None):
         at = at or span(self.config, 0, h.size(1), h.device)
         for i, block in enumerate(blocks):
-            h = block(h, at, None if cache is None else cache[i])
+            if self.checkpointing and torch.is_grad_enabled():
+                h = checkpoint(block, h, at, use_reentrant=False)
+            else:
+                h = block(h, at, None if cache is None else cache[i])
         return h
 
     def embed(self, idx, at):
@@ -317,14 +302,26 @@ class LoopUS(nn.Module):
         """D: state (B, T, C) → logits (B, T, V)."""
         return self.lm_head(self.norm(self.run(self.decoder, h, at, cache)))
 
+    def loss(self, h, targets):
+        """Mean cross-entropy in nats of D(h) against targets (B, T), of which −100 does not count, and where the
+        likeliest token was right (B, T). Logits are made for some tokens at a time, and again in backward."""
+
+        def of(x, target):
+            logits = precise(self.lm_head(x))
+            return F.cross_entropy(logits, target, reduction="sum"), logits.argmax(dim=-1) == target
+
+        x, target = self.norm(self.run(self.decoder, h)).flatten(0, 1), targets.flatten()
+        size = max(1, (1 << 24) // self.config.vocab_size)  # 64 MiB of logits in float32
+        parts = [checkpoint(of, *part, use_reentrant=False) for part in zip(x.split(size), target.split(size))]
+        right = torch.cat([right for _, right in parts]).view_as(targets)
+        return sum(loss for loss, _ in parts) / (target != -100).sum().clamp(min=1), right
+
     def forward(self, idx, loops):
         """Logits (B, T, V) after `loops` gated passes, unstopped; loops=0: the pretrained model, one ungated pass."""
         h = self.encode(idx)
-        if loops == 0:
-            h = self.propose(h)
         for _ in range(loops):
             h = self.refine(h)
-        return self.decode(h)
+        return self.decode(h if loops else self.propose(h))
 
     # ---- generation, §3.1 and App. E
 
@@ -432,43 +429,42 @@ def early_exit(model, idx, max_loops, halt, together=False):
 # ---- Training
 
 
-def lm_loss(logits, targets):
-    """Mean cross-entropy in nats of logits (B, T, V) against targets (B, T); targets of −100 do not count."""
-    return F.cross_entropy(precise(logits).flatten(0, 1), targets.flatten())
-
-
-def losses(model, h, targets):
-    """One supervised step (§3.2, Fig. 4) from the state h (B, T, C) against the next tokens `targets` (B, T) → the
-    three terms of L = L_LM + L_mono + L_Q (scalars, nats), and the next state h' (B, T, C), detached:
+def losses(model, h, targets, before=None, through=1, onward=False):
+    """One supervised step (§3.2, Fig. 4) from the state h (B, T, C) against the next tokens `targets` (B, T; −100 does
+    not count) → the three terms of L = L_LM + L_mono + L_Q (scalars, nats), and the next state h' (B, T, C), detached:
 
     L_LM   = CE(D(h'), next token),  h' = one gated pass from h, the only pass that gradients go through
     L_mono = SiLU(L_LM − L_LM of h, the latter without gradient): a pass should do no harm
-    L_Q    = BCE(q(h'), was the likeliest token right?), per token"""
-    h = h.detach()
-    with torch.no_grad():
-        before = lm_loss(model.decode(h), targets)
-    torch.clear_autocast_cache()  # a precaution: copies of weights may be stale, or made without gradient
-    h = model.refine(h)
-    logits = model.decode(h)
-    lm = lm_loss(logits, targets)
-    counts = targets != -100
-    confidence = precise(model.confidence(h))[counts]
-    right = (logits.argmax(dim=-1) == targets)[counts].type_as(confidence)
-    q = F.binary_cross_entropy_with_logits(confidence, right)
+    L_Q    = BCE(q(h'), was the likeliest token right?), per token
+
+    before: L_LM of h, if known. through: passes in this step. onward: gradients go on into what made h."""
+    h = h if onward else h.detach()
+    if before is None:
+        with torch.no_grad():
+            before, _ = model.loss(h, targets)
+    for _ in range(through):
+        h = model.refine(h)
+    lm, right = model.loss(h, targets)
+    confidence, counts = precise(model.confidence(h)), (targets != -100).float()
+    q = F.binary_cross_entropy_with_logits(confidence, right.type_as(counts), counts, reduction="sum")
+    q = q / counts.sum().clamp(min=1)
     return lm, F.silu(lm - before), q, h.detach()
 
 
-def deep_supervision(model, idx, targets, max_loops, supervised, rng):
-    """Random deep supervision (§3.2): unroll B = max_loops passes over idx (B, T) and supervise K = supervised of them,
-    drawn uniformly by rng (a random.Random). Yields the three terms of each: back-propagate them at once, and memory
-    holds the graph of one pass however large B is. The encoder and the other passes run without gradient."""
-    drawn = rng.sample(range(max_loops), supervised)
-    with torch.no_grad():
-        h = model.encode(idx)
+def deep_supervision(model, idx, targets, drawn, through=1):
+    """Random deep supervision (§3.2): loop over idx (B, T) in steps of `through` passes (paper: one) and supervise the
+    `drawn` (K numbers below B). Yields the three terms of each: back-propagate them at once, and memory holds the
+    graph of one step however large B is. The others run without gradient, and so does the encoder, unless its
+    parameters require one: from the first step. The loss before a step is known where the step before was drawn."""
+    with torch.set_grad_enabled(0 in drawn):
+        h, known = model.encode(idx), None
     for b in range(max(drawn) + 1):  # passes after the last drawn one would teach nothing
         if b in drawn:
-            *terms, h = losses(model, h, targets)
+            *terms, h = losses(model, h, targets, known, through, onward=b == 0)
+            known = terms[0].detach()
             yield terms
         else:
             with torch.no_grad():
-                h = model.refine(h)
+                for _ in range(through):
+                    h = model.refine(h)
+            known = None

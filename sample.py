@@ -15,7 +15,7 @@ import torch
 
 import convert
 from convert import flag
-from loopus import Halt, InputError, quantize
+from loopus import Halt, InputError
 
 TINTS = (75, 79, 114, 150, 186, 215, 209, 203)  # terminal colours from cool, few passes, to warm, many
 
@@ -31,7 +31,6 @@ class Settings(convert.Inference):
     top_p: float = flag(1.0, "of these, among the fewest likeliest that reach this probability", 0)
     seed: int = flag(2026, "of the random draws")
     compile: bool = flag(False, "compile the step of a token: on a CPU some seconds, then twice as fast")
-    dtype: str = flag("", "of the layers; int8: with --compile, for a CPU", None, ("bf16", "fp32", "int8"))
     trace: bool = flag(False, "show the next token's candidates after each pass instead of writing")
 
 
@@ -42,36 +41,33 @@ def tint(text, passes, max_loops):
     return f"\x1b[38;5;{TINTS[(passes - 1) * (len(TINTS) - 1) // max(1, max_loops - 1)]}m{text}\x1b[0m"
 
 
-def write(model, tokenizer, prompt, s):
+def write(model, tokenizer, prompt, ids, s):
     """Stream the continuation of a prompt to standard output, and one line about it to standard error."""
-    ids = encode(model, tokenizer, prompt)
-    generator = torch.Generator(ids.device).manual_seed(s.seed)
     names = "max_loops threshold temperature top_k top_p halt epsilon min_loops".split()
-    steps = model.stream(ids, s.max_new_tokens, generator=generator, **{name: getattr(s, name) for name in names})
-    utf8 = codecs.getincrementaldecoder("utf-8")("replace")  # a character can span tokens
-    depths, begun = [], time.time()
+    given = {name: getattr(s, name) for name in names} | dict(generator=torch.Generator(ids.device).manual_seed(s.seed))
+    utf8, depths, begun = codecs.getincrementaldecoder("utf-8")("replace"), [], time.time()
     if sys.stdout.isatty() and s.max_loops > 0:
         print("passes: " + " ".join(tint(str(b), b, s.max_loops) for b in range(1, s.max_loops + 1)) + "\n")
     print(prompt, end="", flush=True)
     try:
-        for token, passes in steps:
+        for token, passes in model.stream(ids, s.max_new_tokens, **given):
             if token.item() == tokenizer.end_of_text:
                 break
             depths.append(passes.item())
-            piece = utf8.decode(tokenizer.decode_bytes([token.item()]))
+            piece = utf8.decode(tokenizer.decode_bytes([token.item()]))  # a character can span tokens
             print(tint(piece, depths[-1], s.max_loops), end="", flush=True)
     except KeyboardInterrupt:
         pass
     print(utf8.decode(b"", final=True), flush=True)
     mean = f"{sum(depths) / max(1, len(depths)):.2f} passes each on average (of at most {s.max_loops})"
-    print(f"\n{len(depths)} tokens, {mean}, {len(depths) / (time.time() - begun):.1f} tokens/s", file=sys.stderr)
+    speed = f"{len(depths) / (time.time() - begun):.1f} tokens/s, peak memory {convert.peak_memory(ids.device):.2f} GB"
+    print(f"\n{len(depths)} tokens, {mean}, {speed}", file=sys.stderr)
 
 
 @torch.no_grad()
-def trace(model, tokenizer, prompt, s):
+def trace(model, tokenizer, prompt, ids, s):
     """One row per pass for the token after the prompt: confidence q, step length ‖h^{b+1} − h^b‖₂, mean α, and the
     likeliest tokens with their probabilities. No token is stopped; where exit would is marked."""
-    ids = encode(model, tokenizer, prompt)
 
     def candidates(h):
         top = model.decode(h)[0, -1].float().softmax(-1).topk(5)
@@ -80,41 +76,36 @@ def trace(model, tokenizer, prompt, s):
 
     h = model.encode(ids)
     print(f"{'pass':>4}  {'q':>5}  {'step':>8}  {'α':>5}  candidates")
-    print(f"{'base':>4}  {'':5}  {'':8}  {'':5}  {candidates(model.propose(h))}")
+    print(f"base{'':24}{candidates(model.propose(h))}")
     halt, doubt, stopped = Halt(s.halt, s.threshold, s.epsilon, s.min_loops), torch.zeros_like(h[..., 0]).float(), 0
     for b in range(1, s.max_loops + 1):
         proposed = model.propose(h)
         alpha = model.gate.alpha(proposed - h)[0, -1].float().mean()
         before, h = h, model.gate(proposed, h)
-        step = (h - before)[0, -1].float().norm()
-        q = torch.sigmoid(model.confidence(h).float())[0, -1]
+        step, q = (h - before)[0, -1].float().norm(), torch.sigmoid(model.confidence(h).float())[0, -1]
         stopped = stopped or (b if halt.stops(model, b, before, h, doubt)[0, -1] else 0)
-        line = f"{b:>4}  {q:5.3f}  {step:8.2f}  {alpha:5.3f}  {candidates(h)}"
-        print(line + "  ← exit" * (stopped == b))
-
-
-def encode(model, tokenizer, prompt):
-    ids = tokenizer.begin + tokenizer.encode(prompt) or [tokenizer.end_of_text or 0]  # with nothing: begin a text
-    return torch.tensor([ids], device=model.wte.weight.device)
+        print(f"{b:>4}  {q:5.3f}  {step:8.2f}  {alpha:5.3f}  {candidates(h)}" + "  ← exit" * (stopped == b))
 
 
 def main():
     s = Settings(**convert.parse(Settings))
-    device, dtype, _ = convert.pick_device(s.device, s.dtype)
+    device, dtype = convert.pick_device(s.device, s.dtype)
     model, tokenizer = convert.load(s.init, device, dtype)
-    if s.dtype == "int8":
-        quantize(model)
     for part in [*model.layers(), model.lm_head] if s.compile else ():
         part.compile()
     if tokenizer is None:
         raise InputError(f"{s.init or 'it'} has no tokenizer.json: text cannot be read or written without one")
-    show = trace if s.trace else write
+
+    def show(prompt):
+        ids = tokenizer.begin + tokenizer.encode(prompt) or [tokenizer.end_of_text or 0]  # with nothing: begin a text
+        (trace if s.trace else write)(model, tokenizer, prompt, torch.tensor([ids], device=device), s)
+
     if s.prompt or not sys.stdin.isatty():
-        show(model, tokenizer, s.prompt or sys.stdin.read().rstrip("\n"), s)
+        show(s.prompt or sys.stdin.read().rstrip("\n"))
         return
     print("What shall it continue? An empty line or Ctrl-C ends.")
     while prompt := input("\n> "):
-        show(model, tokenizer, prompt, s)
+        show(prompt)
 
 
 if __name__ == "__main__":

@@ -3,29 +3,31 @@ Make a looped model of a pretrained one by random deep supervision (paper §3.2)
 
     python train.py                                   the whole story in minutes, on any machine, without network
     python train.py --init=gpt2 --data=book.txt       a real model on real text, with the paper's constants
-
-Without --init it trains a small base model on the source of Python's standard library, read as bytes, recasts and
-trains that as a looped model, spends the same tokens on the unlooped base, and compares the three on held-out files.
+    torchrun --nproc_per_node=8 train.py --init=…     the same run, shared by 8 devices
 """
 
+import copy
 import json
 import math
+import os
 import random
 import shutil
+import signal
 import sys
 import time
 from dataclasses import asdict, dataclass, replace
 from datetime import timedelta
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 
 import numpy as np
 import torch
+import torch.distributed as dist
 
 import convert
 from convert import flag
 from eval import depth_losses, exit_stats, windows
-from loopus import Config, Halt, InputError, LoopUS, deep_supervision, lm_loss
+from loopus import Config, Halt, InputError, LoopUS, deep_supervision
 
 
 @dataclass
@@ -33,33 +35,34 @@ class Settings:
     """Train a looped model, or with --objective=lm the unlooped one. Defaults are the paper's constants (App. A)."""
 
     init: str = flag("", "model to start from: hub name or directory; empty: the whole story from nothing, see above")
-    data: str = flag("", 'text file, directory, glob or .bin tokens; "python": the source of its standard library')
+    data: str = flag("", 'text, .jsonl, .bin tokens, a directory, a glob; "python": the source of its standard library')
     val: str = flag("", "held-out text; empty: every 20th file of --data, or the last 20th of a single one")
     out: str = flag("out/loop", "directory of the run: checkpoints and log.jsonl")
     resume: bool = flag(False, "go on from the newest checkpoint in --out, with the settings it was started with")
     objective: str = flag("loop", "or lm: train the model unlooped, as the control", None, ("loop", "lm"))
     max_loops: int = flag(20, "B, passes unrolled per batch (paper: 20)", 1)
-    supervised: int = flag(5, "K, passes supervised among them (paper: 5)", 1)
+    supervised: int = flag(5, "K, steps supervised among them (paper: 5)", 1)
+    through: int = flag(1, "passes per supervised step, all with gradient (paper: 1; its authors' code: 2)", 1)
+    trains: str = flag("middle", "all but embedding and encoder (paper), or all", None, ("middle", "all"))
     encoder_layers: int = flag(-1, "layers run once before the loop; -1: the paper's cut, or by the layer profile")
     decoder_layers: int = flag(-1, "layers run once after the loop; -1: likewise")
     gate_start: str = flag("", "first α of every channel, or s4d: the authors' start; empty: 0.5")
     steps: int = flag(22888, "optimizer steps (paper: 3B tokens)", 1)
     batch: int = flag(2, "sequences per micro-batch (paper: 2)", 1)
-    accumulate: int = flag(64, "micro-batches per optimizer step (paper: 64)", 1)
+    accumulate: int = flag(64, "micro-batches per optimizer step, over all processes (paper: 64)", 1)
     context: int = flag(1024, "tokens per sequence (paper: 1024)", 1)
     lr: float = flag(5e-5, "peak learning rate, cosine decay (paper: 5e-5)", 0)
     new_lr: float = flag(10.0, "how many times --lr the gate and the confidence head learn at", 0)
     warmup: int = flag(300, "steps until the peak learning rate (paper: 300), at most a tenth of --steps", 0)
-    weight_decay: float = flag(0.1, "AdamW's, on matrices", 0)
     seed: int = flag(2026, "of the data order and the depths drawn (paper: 2026)")
     log_every: int = flag(10, "steps between log lines", 1)
     eval_every: int = flag(500, "steps between held-out losses and checkpoints", 1)
     eval_tokens: int = flag(16384, "held-out tokens per evaluation", 1)
+    keep: int = flag(2, "checkpoints kept", 1)
     device: str = flag("", "cpu, cuda or mps; empty: the best there is")
-    dtype: str = flag(
-        "", "bf16 by autocast, or fp32; empty: bf16 where the device is good at it", None, ("bf16", "fp32")
-    )
+    dtype: str = flag("", "to compute in; empty: bf16 where the device is good at it", None, ("bf16", "fp32"))
     compile: bool = flag(False, "compile the blocks with torch.compile")
+    checkpointing: bool = flag(False, "keep one state per layer, run the layer again in backward: less memory")
 
 
 @lru_cache(maxsize=2)
@@ -74,8 +77,7 @@ def micro_batch(tokens, s, i):
     if count < 1:
         raise InputError(f"{len(tokens)} training tokens do not fill one context of {s.context}: give more text")
     starts = [shuffled(count, s.seed, n // count)[n % count] * s.context for n in range(i * s.batch, (i + 1) * s.batch)]
-    rows = torch.from_numpy(np.stack([tokens[a : a + s.context + 1] for a in starts]).astype(np.int64))
-    return rows[:, :-1], rows[:, 1:]
+    return convert.rows(tokens, starts, s.context)
 
 
 def learning_rate(s, step):
@@ -90,131 +92,160 @@ def make_optimizer(model, s):
     """AdamW over what trains: for the loop all but the encoder, for lm all but the gate and the head."""
     groups = {}
     for name, p in model.named_parameters():
-        new, kept = name.startswith(("gate.", "q_head.")), name.startswith(("wte.", "wpe.", "encoder."))
-        p.requires_grad_(not kept if s.objective == "loop" else not new)
+        new, ends = name.startswith(("gate.", "q_head.")), name.startswith(("wte.", "wpe.", "encoder."))
+        p.requires_grad_(not new if s.objective == "lm" else s.trains == "all" or not ends)
         if p.requires_grad:
-            groups.setdefault((s.new_lr if new else 1.0, s.weight_decay if p.dim() > 1 else 0.0), []).append(p)
+            groups.setdefault((s.new_lr if new else 1.0, 0.1 if p.dim() > 1 else 0.0), []).append(p)
     groups = [dict(params=ps, weight_decay=decay, scale=scale) for (scale, decay), ps in groups.items()]
     return torch.optim.AdamW(groups, lr=s.lr, betas=(0.9, 0.95), fused=model.wte.weight.device.type != "mps")
 
 
-def gradients(model, x, y, s, micro):
-    """Add one micro-batch's gradients, each supervised step's at once → its L_LM, L_mono, L_Q, mean over steps."""
-    terms, depths = torch.zeros(3, device=x.device), random.Random(f"depths {s.seed} {micro}")
-    if s.objective == "lm":
-        steps, count = [(lm_loss(model(x, loops=0), y), terms[1], terms[2])], 1
-    else:
-        steps, count = deep_supervision(model, x, y, s.max_loops, s.supervised, depths), s.supervised
-    for step in steps:
-        (sum(step) / (s.accumulate * count)).backward()
-        terms = terms + torch.stack(tuple(step)).detach() / count
-    return terms
+def computing_copy(model, dtype):
+    """The model in `dtype`, to compute with: its gradients go to the float32 weights as soon as they are made."""
+    fast = copy.deepcopy(model).to(dtype)
+    for p, q in zip(model.parameters(), fast.parameters()):
+
+        def collect(q, p=p):
+            p.grad = q.grad.to(p.dtype) if p.grad is None else p.grad.add_(q.grad)
+            q.grad = None
+
+        if q.requires_grad:
+            q.register_post_accumulate_grad_hook(collect)
+    return fast
 
 
 def train(s):
     """One run of `s` from s.init to a checkpoint in s.out/step-…; → the directory of that checkpoint."""
-    if s.supervised > s.max_loops:
-        raise InputError(f"--supervised={s.supervised} cannot be drawn from --max_loops={s.max_loops}: K is 1 … B")
+    if s.supervised > s.max_loops // s.through:
+        found = f"--supervised={s.supervised} of --max_loops={s.max_loops} in steps of --through={s.through}"
+        raise InputError(f"{found} cannot be drawn: expected K from 1 to B")
     if not s.data:
         raise InputError('no --data: give a text file, a directory, a glob, .bin tokens, or "python"')
-    device, dtype, autocast = convert.pick_device(s.device, s.dtype)
-    out = Path(s.out)
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # of torchrun
+    if s.accumulate % world:
+        raise InputError(f"--accumulate={s.accumulate} micro-batches cannot be shared by {world} processes evenly")
+    (device, dtype), out = convert.pick_device(s.device, s.dtype), Path(s.out)
     found = sorted(out.glob(f"{convert.STEP}/optimizer.pt"))
     if s.resume and not found:
         raise InputError(f"--resume: {out} holds no checkpoint to go on from; start without --resume")
     if found and not s.resume:
         raise InputError(f"{out} already holds a run, at {found[-1].parent.name}: --resume it, or name another --out")
     torch.manual_seed(s.seed)
-    cuts = dict(encoder_layers=s.encoder_layers, decoder_layers=s.decoder_layers)
-    model, tokenizer = convert.load(found[-1].parent if found else s.init, device, **cuts, gate_start=s.gate_start)
+    cuts = dict(encoder_layers=s.encoder_layers, decoder_layers=s.decoder_layers, gate_start=s.gate_start)
+    model, tokenizer = convert.load(found[-1].parent if found else s.init, device, **cuts)
     if s.context > model.config.block_size:
         raise InputError(f"--context={s.context} is more than the model's {model.config.block_size}: give at most that")
     tokens, held_out = convert.load_data(s.data, s.val, tokenizer)
-    sequences = windows(held_out, s.context, s.eval_tokens)
+    sequences, first = windows(held_out, s.context, s.eval_tokens), 0
     optimizer = make_optimizer(model, s)
-    first = 0
     if found:
-        saved = torch.load(found[-1], map_location=device, weights_only=True)
+        try:
+            saved = torch.load(found[-1], map_location=device, weights_only=True)
+        except (RuntimeError, OSError, EOFError) as e:
+            raise InputError(f"{found[-1]} is damaged ({e}): remove {found[-1].parent} and resume again") from None
         optimizer.load_state_dict(saved["optimizer"])
         first = saved["step"]
     if first > s.steps:
         raise InputError(f"{out} is at step {first} already, beyond --steps={s.steps}: name another --out")
-    out.mkdir(parents=True, exist_ok=True)
-    log = open(out / "log.jsonl", "a", encoding="utf-8")
-    for block in model.layers() if s.compile else ():
+    fast = model if dtype == torch.float32 else computing_copy(model, dtype)
+    fast.checkpointing = s.checkpointing
+    for block in fast.layers() if s.compile else ():
         block.compile()
+    trained = [(p, q) for p, q in zip(model.parameters(), fast.parameters()) if p.requires_grad]
+    out.mkdir(parents=True, exist_ok=True)
+    log = open(out / "log.jsonl" if rank == 0 else os.devnull, "a", encoding="utf-8")
 
-    size = f"{sum(p.numel() for p in model.parameters()) / 1e6:.1f}M parameters in"
-    size += f" {len(model.encoder)} + {len(model.reasoning)} + {len(model.decoder)} layers, {len(tokens):,} tokens"
-    print(f"{s.objective}: {size}, {device}, {dtype}, to {out}", flush=True)
+    def summed(x):
+        """The sum over all processes, in place."""
+        if world > 1:
+            dist.all_reduce(x)
+        return x
 
-    def report(line, **values):
-        print(line, flush=True)
-        log.write(json.dumps(values) + "\n")
+    def report(step, **values):
+        parts = (f"{k} {v:.5g}" if isinstance(v, float) else f"{k} {v}" for k, v in values.items())
+        print(f"step {step:>{len(str(s.steps))}}  " + "  ".join(parts), flush=True)
+        log.write(json.dumps(dict(step=step) | values) + "\n")
         log.flush()
 
     def evaluate(step):
-        depths = [0] if s.objective == "lm" else [0, 1, 2, 4, 8]
-        losses = depth_losses(model, sequences, depths, s.batch, autocast)
-        line = ", ".join(f"{loss:.4f} at {depth}" for depth, loss in losses.items())
-        report(f"step {step}: held-out loss {line} passes", step=step, held_out=losses)
+        losses = depth_losses(fast, sequences, [0] if s.objective == "lm" else [0, 1, 2, 4, 8], s.batch)
+        report(step, held_out={depth: round(loss, 5) for depth, loss in losses.items()})
 
     def checkpoint(step):
         directory = out / f"step-{step:07d}"
-        with convert.replaced(directory) as new:
-            convert.write(model, tokenizer, new)
-            (new / "settings.json").write_text(json.dumps(asdict(s), indent=2) + "\n", encoding="utf-8")
-            torch.save(dict(step=step, optimizer=optimizer.state_dict()), new / "optimizer.pt")
-        if s.objective == "loop":
-            (convert.cache_dir() / "last").write_text(str(directory.resolve()))
-        for old in set(out.glob("step-*")) - {directory}:
-            shutil.rmtree(old)
+        if rank == 0:
+            settings, state = json.dumps(asdict(s), indent=2), dict(step=step, optimizer=optimizer.state_dict())
+            more = {"settings.json": lambda path: path.write_text(settings), "optimizer.pt": partial(torch.save, state)}
+            convert.save(model, tokenizer, directory, **more)
+            if s.objective == "loop":
+                (convert.cache_dir() / "last").write_text(str(directory.resolve()))
+            for old in set(out.glob("step-*")) - set(sorted(out.glob(convert.STEP))[-s.keep :]):
+                shutil.rmtree(old)
         return directory
 
+    size = f"{sum(p.numel() for p in model.parameters()) / 1e6:.1f}M parameters in"
+    size += f" {len(model.encoder)} + {len(model.reasoning)} + {len(model.decoder)} layers, {len(tokens):,} tokens"
+    asked, skipped = [], 0
+    print(f"{s.objective}: {size}, {world} × {device}, {dtype}, to {out}", flush=True)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda number, _: asked.append(signal.Signals(number).name))
     begun, last, logged = time.time(), time.time(), first
+    count = s.accumulate // world * (s.supervised if s.objective == "loop" else 1)  # backward calls of a step
     for step in range(first, s.steps):
         if step % s.eval_every == 0:
             evaluate(step)
         rate = learning_rate(s, step)
         for group in optimizer.param_groups:
             group["lr"] = rate * group["scale"]
-        terms = torch.zeros(3, device=device)
-        for micro in range(step * s.accumulate, (step + 1) * s.accumulate):
-            x, y = micro_batch(tokens, s, micro)
-            with autocast():  # ends before the optimizer steps: its copies of the weights must not outlive them
-                terms += gradients(model, x.to(device), y.to(device), s, micro)
-            convert.progress(f"step {step + 1}", micro + 1 - step * s.accumulate, s.accumulate)
-        norm = torch.nn.utils.clip_grad_norm_([p for p in model.parameters() if p.requires_grad], 1.0)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        if (step + 1) % s.log_every == 0 or step in (first, s.steps - 1):
-            (lm, mono, q), now = (terms / s.accumulate).tolist(), time.time()
+        # K of B; the same for all micro-batches of a step, so that processes keep pace
+        drawn = random.Random(f"depths {s.seed} {step}").sample(range(s.max_loops // s.through), s.supervised)
+        terms, done = torch.zeros(3, device=device), 0
+        for micro in range(step * s.accumulate + rank, (step + 1) * s.accumulate, world):
+            if summed(torch.tensor(len(asked), device=device)) > 0:
+                break
+            x, y = (part.to(device) for part in micro_batch(tokens, s, micro))
+            if s.objective == "loop":
+                steps = deep_supervision(fast, x, y, drawn, s.through)
+            else:
+                steps = [[fast.loss(fast.propose(fast.encode(x)), y)[0]]]
+            for step_terms in steps:
+                (sum(step_terms) / count).backward()
+                terms[: len(step_terms)] += torch.stack(step_terms).detach() / count
+                done += 1
+            convert.progress(f"step {step + 1}", done, count)
+        if done < count:  # asked to stop: as if this step had not begun
+            if step > first:
+                checkpoint(step)
+            stopped = f"stopped by {' '.join(asked)} after step {step}; --resume --out={out} goes on"
+            sys.exit(stopped if rank == 0 else 1)
+        for p, _ in trained if world > 1 else ():
+            p.grad = summed(p.grad) / world
+        norm = torch.nn.utils.clip_grad_norm_([p for p, _ in trained], 1.0).item()
+        if math.isfinite(norm):
+            optimizer.step()
+            with torch.no_grad():
+                for p, q in trained if fast is not model else ():
+                    q.copy_(p)
+        skipped = 0 if math.isfinite(norm) else skipped + 1
+        if skipped == 5:
+            raise InputError(f"no finite gradient in 5 steps to {step + 1}: lower --lr; {out} keeps its checkpoints")
+        optimizer.zero_grad()
+        if (step + 1) % s.log_every == 0 or step in (first, s.steps - 1) or skipped:
+            (lm, mono, q), now = (summed(terms) / world).tolist(), time.time()
             speed = (step + 1 - logged) * s.accumulate * s.batch * s.context / (now - last)
-            left = (now - begun) / (step + 1 - first) * (s.steps - step - 1)
-            parts = f"lm {lm:.4f}" + (f"  mono {mono:+.4f}  q {q:.4f}" if s.objective == "loop" else "")
-            line = f"{step + 1:>6}/{s.steps}  {parts}  lr {rate:.1e}  norm {norm:.2f}"
-            line += f"  {speed:,.0f} tokens/s  {timedelta(seconds=int(left))} left"
-            values = dict(lm=lm, mono=mono, q=q, lr=rate, grad_norm=norm.item(), tokens_per_second=speed)
-            report(line, step=step + 1, **values, seconds_left=left)
+            values = dict(lm=lm, mono=mono, q=q, lr=rate, grad_norm=norm, tokens_per_second=speed)
+            values |= dict(left_out=skipped) if skipped else {}
+            report(step + 1, **values, seconds_left=int((now - begun) / (step + 1 - first) * (s.steps - step - 1)))
             last, logged = now, step + 1
         if (step + 1) % s.eval_every == 0 and step + 1 < s.steps:
             checkpoint(step + 1)
     directory = checkpoint(s.steps)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
     evaluate(s.steps)
-    spent = f"{timedelta(seconds=int(time.time() - begun))}, peak memory {peak_memory(device):.2f} GB"
+    spent = f"{timedelta(seconds=int(time.time() - begun))}, peak memory {convert.peak_memory(device):.2f} GB"
     print(f"{s.objective}: {spent}, written to {directory}", flush=True)
     return directory
-
-
-def peak_memory(device):
-    """Most memory this process has held so far, in GB: the GPU's, or its resident set."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated() / 1e9
-    try:
-        import resource
-    except ImportError:  # Windows
-        return math.nan
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 1e9
 
 
 # ---- Without --init: the whole story
@@ -224,7 +255,7 @@ def story(given):
     """Pretrain a small base model, recast and train it as a looped one, spend the same tokens on the unlooped control,
     and compare. `given` are the flags that were set; the base is trained for three times the steps of the other two."""
     out, begun = Path(given.pop("out", "out/story")), time.time()
-    device, dtype, autocast = convert.pick_device(given.get("device", ""), given.get("dtype", ""))
+    device, _ = convert.pick_device(given.get("device", ""), given.get("dtype", ""))
     width, batch = (512, 64) if device.type == "cuda" else (128, 4)  # minutes on a GPU, and on two CPU cores
     values = dict(data="python", batch=batch, accumulate=1, context=256, steps=400, lr=1.5e-3, warmup=50, log_every=100)
     values |= dict(max_loops=8, supervised=2, encoder_layers=2, decoder_layers=2, eval_every=10**9, eval_tokens=32768)
@@ -237,7 +268,9 @@ def story(given):
         gpt2 = dict(model_type="gpt2", architectures=["GPT2LMHeadModel"], layer_norm_epsilon=1e-5, vocab_size=257)
         gpt2 |= dict(n_positions=512, n_layer=6, n_embd=width, n_head=width // 64)
         model = LoopUS(Config(**convert.read_family(gpt2, untrained)[1]))
-        model.reset_parameters()
+        for p in (p for p in model.parameters() if p.dim() > 1):
+            torch.nn.init.normal_(p, std=0.02)
+        model.reset_new_parameters()
         convert.save(model, convert.byte_tokenizer(), untrained, "hf")
         new = replace(unlooped, init=untrained, out=str(out / "pretraining"), steps=3 * looped.steps, lr=2e-3)
         convert.save(*convert.load(stage("1/3 pretrain a small base model", new)), base, "hf")
@@ -248,9 +281,9 @@ def story(given):
     for name, directory, depths in (("base", base, [0]), ("control", control, [0]), ("looped", loop, [0, 1, 2, 4, 8])):
         model, tokenizer = convert.load(directory, device)
         sequences = windows(convert.load_data("python", "", tokenizer)[1], 256, looped.eval_tokens)
-        for depth, loss in depth_losses(model, sequences, depths, 16, autocast).items():
+        for depth, loss in depth_losses(model, sequences, depths, 16).items():
             print(f"{name:8} {f'{depth} passes' if depth else 'unlooped':20} {loss:.4f}", flush=True)
-    stats = exit_stats(model, sequences, 8, Halt(), 16, autocast)
+    stats = exit_stats(model, sequences, 8, Halt(), 16)
     print(f"looped   {stats['mean_passes']:.2f} passes, by exit {stats['loss']:.4f}")
     print(f"\nThat took {timedelta(seconds=int(time.time() - begun))}. Now try: python sample.py --max_loops=8")
 
@@ -267,10 +300,15 @@ def main():
     if given.get("resume"):
         saved = sorted(Path(given.get("out", Settings.out)).glob(f"{convert.STEP}/settings.json"))
         given = (json.loads(saved[-1].read_text()) if saved else {}) | given
-    if given.get("init") or given.get("resume"):
-        train(Settings(**given))
-    else:
+    if not (given.get("init") or given.get("resume")):
         story(given)
+        return
+    if "RANK" in os.environ:  # started by torchrun; the first process speaks for all
+        if torch.cuda.is_available():
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        dist.init_process_group()
+        sys.stdout = sys.stdout if dist.get_rank() == 0 else open(os.devnull, "w")
+    train(Settings(**given))
 
 
 if __name__ == "__main__":

@@ -1,30 +1,37 @@
 """
-How fast does a looped model write? Prefill and decode at 1, 2, 4, 8 passes and with exit, and what reading takes.
+How fast does a looped model write, and train? Everything on this machine, in this run.
 
-    python tests/benchmark_speed.py MODEL [--dtype=int8] [--compile] [--batch=8] [--data=held_out.txt] [--profile]
+    python eval.py --task=speed MODEL [--dtype=bf16] [--compile] [--batch=8] [--data=held_out.txt] [--profile]
+    python eval.py --task=speed MODEL --train [--max_loops=4] [--supervised=1] [--batch=2] [--context=256]
 
-A prompt of 64 random tokens, then tokens one by one: the shortest of three prompts, and the time that a quarter of the
-tokens stay under; with exit the mean. Everything on this machine, in this run. The floor is the time in which the
-machine reads the weights that a token needs, each pass anew.
+Writing: prefill and decode at 1, 2, 4, 8 passes and with exit. A prompt of 64 random tokens, then tokens one by one:
+the shortest of three prompts, and the time that a quarter of the tokens stay under; with exit the mean. The floor is
+the time in which the machine reads the weights that a token needs, each pass anew.
+
+Training: seconds of a step of §3.2, each way in a process of its own, over draws of every depth. "plain" is the method
+written down plainly: float32, or autocast to bf16, logits kept whole, memory given back as the C library does.
 """
 
+import random
+import subprocess
 import sys
 import time
-from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import convert  # noqa: E402
-import loopus  # noqa: E402
+import train  # noqa: E402
 from convert import flag  # noqa: E402
 from eval import depth_losses, windows  # noqa: E402
-from loopus import Halt  # noqa: E402
+from loopus import Halt, deep_supervision  # noqa: E402
 
 PROMPT = 64
+WAYS = ("plain", "plain-bf16", "fp32", "bf16", "bf16-checkpointing", "bf16-compiled")
 
 
 @dataclass
@@ -32,7 +39,12 @@ class Settings:
     """Tokens per second of a looped model."""
 
     init: str = flag("", "model: directory or hub name")
-    batch: int = flag(1, "texts at a time", 1)
+    train: bool = flag(False, "measure training instead of writing")
+    way: str = flag("", "of training, in this process: " + ", ".join(WAYS), None, WAYS)
+    max_loops: int = flag(4, "B, with --train", 1)
+    supervised: int = flag(1, "K, with --train", 1)
+    context: int = flag(256, "tokens per sequence, with --train", 1)
+    batch: int = flag(0, "texts at a time; 0: one to write, two to train", 0)
     tokens: int = flag(24, "tokens to write for each figure", 8)
     threshold: float = flag(0.6, "confidence at which a token stops in the row of exit")
     encoder_layers: int = flag(-1, "layers before the loop; -1: as the checkpoint says")
@@ -42,7 +54,7 @@ class Settings:
     data: str = flag("", "held-out text: also the losses of 4,096 tokens, against those of fp32")
     profile: bool = flag(False, "where the time of a token of 8 passes goes")
     device: str = flag("", "cpu, cuda or mps")
-    dtype: str = flag("fp32", "of the weights", None, ("bf16", "fp32", "int8"))
+    dtype: str = flag("fp32", "of the weights", None, ("bf16", "fp32"))
 
 
 def seconds(device, step, times):
@@ -61,19 +73,112 @@ def size_of(modules):
     return sum(p.numel() * p.element_size() for m in modules for p in m.parameters())
 
 
-@torch.no_grad()
+def step_flops(c, tokens, context, drawn):
+    """Floating-point operations of a training step, on paper. A matrix costs 2 per weight and token forward, 4 more
+    backward; attention to T/2 tokens before, two products of 2 operations: 2 T n hd. The encoder and the passes up to
+    the last drawn one run forward, the drawn ones and their decoders also backward, and a decoder for each loss
+    before, unless the step before has it. What is computed again in backward does not count."""
+    weights = c.n_embd * (2 * c.head_dim * (c.n_head + c.n_kv_head) + c.n_inner * (3 if c.mlp == "swiglu" else 2))
+    layer = 2 * weights + 2 * context * c.n_head * c.head_dim
+    decoder = c.decoder_layers * layer + 2 * c.n_embd * c.vocab_size
+    one = c.reasoning_layers * layer + 4 * c.n_embd * -(-c.n_embd // 16)
+    decoded = 4 * len(drawn) - sum(b - 1 in drawn for b in drawn)
+    return tokens * (c.encoder_layers * layer + (max(drawn) + 1 + 2 * len(drawn)) * one + decoded * decoder)
+
+
+def plainly(model, x, y, drawn):
+    """A training step as one would first write it."""
+    with torch.no_grad():
+        h = model.encode(x)
+    for b in range(max(drawn) + 1):
+        if b not in drawn:
+            with torch.no_grad():
+                h = model.refine(h)
+            continue
+        with torch.no_grad():
+            before = F.cross_entropy(model.decode(h).float().flatten(0, 1), y.flatten())
+        torch.clear_autocast_cache()
+        h = model.refine(h)
+        logits = model.decode(h).float()
+        lm = F.cross_entropy(logits.flatten(0, 1), y.flatten())
+        q = F.binary_cross_entropy_with_logits(model.confidence(h).float(), (logits.argmax(-1) == y).float())
+        yield lm, F.silu(lm - before), q
+        h = h.detach()
+
+
+def measure_training(s):
+    """One row: seconds and achieved fraction of the machine's best matrix product, for s.way."""
+    device, dtype = convert.pick_device(s.device, "fp32" if s.way in ("plain", "fp32") else "bf16")
+    model, _ = convert.load(s.init, device, encoder_layers=s.encoder_layers, decoder_layers=s.decoder_layers)
+    optimizer = train.make_optimizer(model, train.Settings(objective="loop"))
+    plain = s.way.startswith("plain")
+    fast = model if plain or dtype == torch.float32 else train.computing_copy(model, dtype)
+    fast.checkpointing = s.way.endswith("checkpointing")
+    for block in fast.layers() if s.way.endswith("compiled") else ():
+        block.compile()
+    n = 8192 if device.type == "cuda" else 1024
+    a = torch.randn(n, n, device=device, dtype=dtype)
+    peak = 2 * n**3 / seconds(device, lambda: a @ a, 10)
+    spent, flops, tokens = 0.0, 0, s.batch * s.context
+    torch.manual_seed(0)
+    rounds = [random.Random(i).sample(range(s.max_loops), s.supervised) for i in range(9)]
+    if s.supervised == 1:
+        rounds = [[s.max_loops - 1], *([b] for b in [*range(s.max_loops)] * 2)]
+    for i, drawn in enumerate(rounds):
+        x, y = torch.randint(0, model.config.vocab_size, (2, s.batch, s.context), device=device)
+        begun = time.perf_counter()
+        with torch.autocast(device.type, dtype, enabled=s.way == "plain-bf16"):
+            for terms in plainly(fast, x, y, drawn) if plain else deep_supervision(fast, x, y, drawn):
+                (sum(terms) / s.supervised).backward()
+        torch.nn.utils.clip_grad_norm_([p for p in model.parameters() if p.grad is not None], 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        with torch.no_grad():
+            for p, q in zip(model.parameters(), fast.parameters()):
+                q.copy_(p)
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        if i > 0:  # the first one compiles
+            spent += time.perf_counter() - begun
+            flops += step_flops(model.config, tokens, s.context, drawn)
+    steps, memory = len(rounds) - 1, convert.peak_memory(device)
+    print(
+        f"{s.way:20} {spent / steps:8.2f} {tokens * steps / spent:10.0f} {flops / steps / 1e12:8.3f}"
+        f" {peak / 1e12:10.3f} {flops / spent / peak:6.1%} {memory:8.2f}",
+        flush=True,
+    )
+
+
+def compare_training(s):
+    print(f"{s.batch} x {s.context} tokens, B = {s.max_loops}, K = {s.supervised}")
+    print(
+        f"{'way':20} {'s / step':>8} {'tokens/s':>10} {'TFLOP':>8} {'peak TF/s':>10} {'MFU':>6} {'GB':>8}", flush=True
+    )
+    for way in WAYS:
+        subprocess.run([sys.executable, __file__, *sys.argv[1:], f"--way={way}"], check=True)
+
+
 def main():
     given = convert.parse(Settings, "init")
     s = Settings(**given)
-    device, dtype, _ = convert.pick_device(s.device, s.dtype)
+    s.batch = s.batch or (2 if s.train else 1)
+    if not s.train:
+        measure_writing(s)
+    elif not s.way:
+        compare_training(s)
+    else:
+        measure_training(s)
+
+
+@torch.no_grad()
+def measure_writing(s):
+    device, dtype = convert.pick_device(s.device, s.dtype)
     cuts = dict(encoder_layers=s.encoder_layers, decoder_layers=s.decoder_layers)
     exact, tokenizer = convert.load(s.init, device, **cuts)
     model, _ = convert.load(s.init, device, dtype, **cuts)
-    if s.dtype == "int8":
-        loopus.quantize(model)
     if s.data:
         sequences = windows(convert.load_tokens(convert.find_files(s.data), tokenizer), 256, 4096)
-        before, after = (depth_losses(m, sequences, [0, 1, 2, 4, 8], 4, nullcontext) for m in (exact, model))
+        before, after = (depth_losses(m, sequences, [0, 1, 2, 4, 8], 4) for m in (exact, model))
         for depth, loss in after.items():
             change = loss / before[depth] - 1
             print(f"{depth} passes: held-out loss {loss:.4f}, in fp32 {before[depth]:.4f} ({change:+.2%})", flush=True)
@@ -128,4 +233,4 @@ def main():
 
 
 if __name__ == "__main__":
-    convert.run(main)
+    main() if any(argument.startswith("--way=plain") for argument in sys.argv) else convert.run(main)

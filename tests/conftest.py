@@ -30,9 +30,12 @@ def random_model(shape="llama", seed=0, **overrides):
     """A model of random weights whose gate and confidence head do something, too: 5 layers cut 1, 3, 1."""
     torch.manual_seed(seed)
     values = dict(vocab_size=257, block_size=64, n_layer=5, n_head=4, head_dim=8, n_embd=32, n_inner=64, norm_eps=1e-5)
-    base = BASE[shape] | dict(vocab_size=257, layer_norm_epsilon=1e-5)
-    model = LoopUS(Config(**values | SHAPES[shape] | dict(base=base) | overrides)).eval()
-    model.reset_parameters()
+    more = overrides.pop("base", {})
+    values |= SHAPES[shape] | overrides
+    keys = convert.FAMILIES[shape]["config"].items()
+    base = BASE[shape] | {key: values[ours] for ours, key in keys if isinstance(key, str) and ours in values}
+    model = LoopUS(Config(**values, base=more if more is None else base | more)).eval()
+    model.reset_new_parameters()
     for p in model.parameters():
         torch.nn.init.normal_(p, std=0.25) if p.dim() > 1 else p.data.add_(torch.randn_like(p) * 0.1)
     return model

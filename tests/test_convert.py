@@ -18,16 +18,16 @@ from conftest import BASE, GOLDEN, ROOT, random_model
 from safetensors.torch import load_file, save_file
 
 import convert
-from loopus import InputError, quantize
+from loopus import InputError
 
 # ---- checkpoints
 
 
-@pytest.mark.parametrize("format", ["loopus", "hf"])
+@pytest.mark.parametrize("format", ["authors", "hf"])
 def test_saved_and_loaded_again_no_bit_is_lost(model, tmp_path, format):
     convert.save(model, convert.byte_tokenizer(), tmp_path / "out", format)
     again, tokenizer = convert.load(tmp_path / "out", encoder_layers=1, decoder_layers=1)
-    base = model.config.base if format == "loopus" else json.loads((tmp_path / "out" / "config.json").read_text())
+    base = json.loads((tmp_path / "out" / "config.json").read_text())
     assert again.config == replace(model.config, base=base) and tokenizer.encode("aé") == [97, 195, 169]
     state = model.state_dict()
     for name, p in again.state_dict().items():
@@ -102,10 +102,8 @@ def test_families_that_differ_in_their_biases(tmp_path, family, biases):
 
 
 @pytest.mark.parametrize("family", ["loopus_reference_llama", "loopus_reference_qwen3"])
-def test_the_authors_format_goes_through_ours_and_back(tmp_path, command, family):
-    code, _, err = command(convert, GOLDEN / family, tmp_path / "ours")
-    assert code == 0, err
-    code, _, err = command(convert, tmp_path / "ours", tmp_path / "theirs", "--format=authors")
+def test_the_authors_format_goes_in_and_out(tmp_path, command, family):
+    code, _, err = command(convert, GOLDEN / family, tmp_path / "theirs", "--format=authors")
     assert code == 0, err
     there, back = (load_file(d / "model.safetensors") for d in (GOLDEN / family, tmp_path / "theirs"))
     assert there.keys() == back.keys() and all(torch.equal(there[n], back[n]) for n in there)
@@ -117,35 +115,24 @@ def test_the_authors_format_goes_through_ours_and_back(tmp_path, command, family
 
 @pytest.mark.parametrize("family", ["llama", "phi3", "llama_tied"])
 def test_a_model_of_ours_in_the_authors_format(tmp_path, command, family):
-    code, _, err = command(convert, GOLDEN / family, tmp_path / "ours", "--encoder_layers=2", "--decoder_layers=1")
+    code, _, err = command(convert, GOLDEN / family, tmp_path / "theirs", "--encoder_layers=2", "--decoder_layers=1")
     assert code == 0, err
-    ours, _ = convert.load(tmp_path / "ours")
-    code, _, err = command(convert, tmp_path / "ours", tmp_path / "theirs", "--format=authors")
-    assert code == 0, err
+    ours, _ = convert.load(GOLDEN / family, encoder_layers=2, decoder_layers=1)
     raw = json.loads((tmp_path / "theirs" / "config.json").read_text())
     assert raw["model_type"] == "lds" and raw["base_config_dict"]["model_type"] == family.split("_")[0]
     indices = [raw[f"{stack}_layer_indices"] for stack in ("encoder", "reasoning", "decoder")]
     assert indices == [[0, 1], [2], [3]] and raw["q_threshold"] == 0.6 and raw["N"] == 8
     theirs, _ = convert.load(tmp_path / "theirs")
     assert theirs.state_dict().keys() == ours.state_dict().keys()
-    assert all(torch.equal(p, ours.state_dict()[n]) for n, p in theirs.state_dict().items())
+    ours = {n: p for n, p in ours.state_dict().items() if not n.startswith("gate.down")}  # that one starts at random
+    assert all(torch.equal(theirs.state_dict()[n], p) for n, p in ours.items())
 
 
 def test_formats_that_cannot_be_written(tmp_path, command):
-    code, _, err = command(convert, GOLDEN / "gpt2", tmp_path / "out", "--format=authors")
-    assert code == 1 and "no place for learned positions" in err and not (tmp_path / "out").exists()
     code, _, err = command(convert, GOLDEN / "gpt2", tmp_path / "out", "--format=gguf")
     assert code == 2 and "invalid choice: 'gguf'" in err and err.count("\n") == 1
-    with pytest.raises(InputError, match="format hf needs the pretrained model's config.json"):
+    with pytest.raises(InputError, match="made without the pretrained model's config.json"):
         convert.save(random_model(base=None), None, tmp_path / "out", "hf")
-
-
-def test_int8_layers_are_not_written(tmp_path):
-    model = random_model()
-    quantize(model)
-    with pytest.raises(InputError, match="int8 layers are for inference"):
-        convert.save(model, None, tmp_path / "out")
-    assert not (tmp_path / "out").exists()
 
 
 def test_a_trained_middle_as_a_plain_model(tmp_path, command):
@@ -161,12 +148,11 @@ def test_a_trained_middle_as_a_plain_model(tmp_path, command):
     assert torch.equal(plain(idx, 0), model(idx, 0))
 
 
-@pytest.mark.parametrize("flags, dtype", [([], torch.float16), (["--dtype=bf16"], torch.bfloat16)])
-def test_weights_stay_as_stored_unless_told(tmp_path, command, flags, dtype):
+def test_weights_stay_as_stored(tmp_path, command):
     convert.save(random_model().half(), None, tmp_path / "half")
-    code, _, err = command(convert, tmp_path / "half", tmp_path / "out", *flags)
+    code, _, err = command(convert, tmp_path / "half", tmp_path / "out")
     assert code == 0, err
-    assert {t.dtype for t in load_file(tmp_path / "out" / "model.safetensors").values()} == {dtype}
+    assert {t.dtype for t in load_file(tmp_path / "out" / "model.safetensors").values()} == {torch.float16}
 
 
 def test_loading_needs_little_more_memory_than_the_model(tmp_path):
@@ -240,7 +226,7 @@ def test_damaged_and_missing_files_are_named(tmp_path):
 def test_tokenizer_of_another_model_is_refused(tmp_path):
     directory = broken(tmp_path)
     shutil.copy(GOLDEN / "tokenizers" / "gpt2.json", directory / "tokenizer.json")
-    with pytest.raises(InputError, match="703 tokens, its model embeds 259: they do not belong together"):
+    with pytest.raises(InputError, match="a tokenizer of 703 and a model of 259 tokens"):
         convert.load(directory)
 
 
@@ -497,22 +483,6 @@ def test_what_stands_before_each_text(tmp_path):
     assert convert.load_tokens([tmp_path / "a.txt"], tokenizer).tolist() == [1, *tokenizer.encode("the"), 2]
 
 
-def test_vocab_and_merges_of_older_checkpoints(tmp_path):
-    spec = golden_spec("gpt2")
-    merges = [m if isinstance(m, str) else " ".join(m) for m in spec["model"]["merges"]]
-    vocab = spec["model"]["vocab"] | {"<|endoftext|>": 700}
-    (tmp_path / "config.json").write_text('{"model_type": "gpt2"}')
-    (tmp_path / "vocab.json").write_text(json.dumps(vocab))
-    (tmp_path / "merges.txt").write_text("\n".join(["#version: 0.2", *merges, ""]), encoding="utf-8")
-    (tmp_path / "added_tokens.json").write_text(json.dumps({"<|im_start|>": 701, "<|im_end|>": 702}))
-    tokenizer = convert.load_tokenizer(tmp_path)
-    for row in json.loads((GOLDEN / "tokenizers" / "gpt2.expected.json").read_text(encoding="utf-8")):
-        assert tokenizer.encode(row["text"]) == row["ids"] and tokenizer.decode(row["ids"]) == row["decoded"]
-    (tmp_path / "config.json").write_text('{"model_type": "qwen2"}')
-    with pytest.raises(InputError, match="has a vocab.json, but no tokenizer.json"):
-        convert.load_tokenizer(tmp_path)
-
-
 def test_bytes_are_their_own_tokens():
     tokenizer = convert.byte_tokenizer()
     text = "def f():\n\treturn 'ü€'  # \x00\n\n"
@@ -532,7 +502,15 @@ def test_texts_become_tokens_once(tmp_path):
     for data in (tmp_path, f"{tmp_path}/*.txt"):
         tokens = convert.load_tokens(convert.find_files(str(data)), tokenizer)
         assert tokens.tolist() == expected and isinstance(tokens, np.memmap)
-    assert len(list((convert.cache_dir() / "tokens").iterdir())) == 1
+    assert len(list(convert.cache_dir().glob("*.bin"))) == 1
+    (tmp_path / "a.jsonl").write_text(json.dumps(dict(text="vier\nfünf")) + "\n" + json.dumps(dict(text="")) + "\n")
+    tokens = convert.load_tokens(convert.find_files(str(tmp_path)), tokenizer)
+    assert tokens.tolist() == [*"vier\nfünf".encode(), 256, 256, *expected]
+    for wrong in ('{"texts": 1}', "[]", '{"text": 3}', "{"):
+        (tmp_path / "a.jsonl").write_text(wrong)
+        with pytest.raises(InputError, match='a.jsonl: expected an object with "text" in each line'):
+            convert.load_tokens(convert.find_files(str(tmp_path)), tokenizer)
+    (tmp_path / "a.jsonl").unlink()
     (tmp_path / "a.txt").write_text("anders")
     assert convert.load_tokens(convert.find_files(str(tmp_path)), tokenizer)[:6].tolist() == list(b"anders")
 
@@ -542,11 +520,11 @@ def test_pieces_do_not_change_the_tokens(tmp_path, family):
     tokenizer = convert.Tokenizer(json.loads((GOLDEN / "tokenizers" / f"{family}.json").read_text(encoding="utf-8")))
     path = tmp_path / "text.txt"
     verse = "".join(f"Line {i} of it,\nit's; {i * i}\n" for i in range(300)) + "x\r\ny\n\n\n z.\n9\n'll _\n_"
-    path.write_text(verse + (ROOT / "loopus.py").read_text(encoding="utf-8"), encoding="utf-8")
-    pieces = list(convert.pieces(path, tokenizer.border, size=100))
-    text = path.read_text(encoding="utf-8")
-    assert len(pieces) > 50 and "".join(pieces) == text
-    assert [i for n, piece in enumerate(pieces) for i in tokenizer.encode(piece, n > 0)] == tokenizer.encode(text)
+    text = verse.replace("\r", " ") + (ROOT / "loopus.py").read_text(encoding="utf-8")
+    path.write_text(text, encoding="utf-8")
+    passages = list(convert.passages(path, np.uint16, tokenizer, 100))[1:-1]
+    assert len(passages) > 50 and "".join(text for text, _ in passages) == text
+    assert [i for passage in passages for i in tokenizer.encode(*passage)] == tokenizer.encode(text)
 
 
 @pytest.mark.parametrize("dtype", [np.uint16, np.uint32])

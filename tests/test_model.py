@@ -227,25 +227,6 @@ def test_compiled_steps_are_the_definition_and_compile_once(shape, more):
     assert torch.equal(compiled[0], eager[0]) and torch.equal(compiled[1], eager[1])
 
 
-@pytest.mark.parametrize("shape", ["gpt2", "llama"])
-@torch.no_grad()
-def test_int8_layers_are_close_and_the_same_compiled(shape):
-    model = random_model(shape, 5, n_embd=64, n_head=8, n_kv_head=8)
-    idx = torch.randint(0, 257, (1, 12))
-    exact = [layer.up.weight.detach().clone() for layer in model.layers()]
-    loopus.quantize(model)
-    for weight, up in zip(exact, (layer.up for layer in model.layers())):
-        assert up.weight.dtype == torch.int8 and up.weight.abs().max() == 127
-        assert ((up.weight * up.scale[:, None] - weight).abs() <= 0.5001 * up.scale[:, None]).all()
-    logits = model(idx, 3)
-    for block in model.layers():
-        block.compile()
-    cache = model.new_cache(1, 12, 3)
-    for t in range(12):
-        last, _ = model.advance(idx[:, t : t + 1], t, cache, 3, Halt(threshold=2))
-        torch.testing.assert_close(last, logits[:, t], atol=1e-4, rtol=1e-4)
-
-
 @torch.no_grad()
 def test_a_pass_runs_on_the_texts_that_still_loop(model):
     idx, rows = torch.randint(0, 257, (6, 12)), []
