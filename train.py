@@ -131,8 +131,12 @@ def train(s):
     if found and not s.resume:
         raise InputError(f"{out} already holds a run, at {found[-1].parent.name}: --resume it, or name another --out")
     torch.manual_seed(s.seed)
+    src = found[-1].parent if found else s.init
+    if world > 1:  # the first process fetches it, the others wait
+        src = src if rank > 0 else convert.resolve(src)
+        dist.barrier()
     cuts = dict(encoder_layers=s.encoder_layers, decoder_layers=s.decoder_layers, gate_start=s.gate_start)
-    model, tokenizer = convert.load(found[-1].parent if found else s.init, device, **cuts)
+    model, tokenizer = convert.load(src, device, **cuts)
     if s.context > model.config.block_size:
         raise InputError(f"--context={s.context} is more than the model's {model.config.block_size}: give at most that")
     tokens, held_out = convert.load_data(s.data, s.val, tokenizer)
@@ -233,8 +237,7 @@ def train(s):
         if (step + 1) % s.log_every == 0 or step in (first, s.steps - 1) or skipped:
             (lm, mono, q), now = (summed(terms) / world).tolist(), time.time()
             speed = (step + 1 - logged) * s.accumulate * s.batch * s.context / (now - last)
-            values = dict(lm=lm, mono=mono, q=q, lr=rate, grad_norm=norm, tokens_per_second=speed)
-            values |= dict(left_out=skipped) if skipped else {}
+            values = dict(lm=lm, mono=mono, q=q, lr=rate, grad_norm=norm, left_out=skipped, tokens_per_second=speed)
             report(step + 1, **values, seconds_left=int((now - begun) / (step + 1 - first) * (s.steps - step - 1)))
             last, logged = now, step + 1
         if (step + 1) % s.eval_every == 0 and step + 1 < s.steps:
@@ -248,12 +251,9 @@ def train(s):
     return directory
 
 
-# ---- Without --init: the whole story
-
-
 def story(given):
-    """Pretrain a small base model, recast and train it as a looped one, spend the same tokens on the unlooped control,
-    and compare. `given` are the flags that were set; the base is trained for three times the steps of the other two."""
+    """Without --init: pretrain a small base model, recast and train it as a looped one, spend the same tokens on the
+    unlooped control, and compare. `given` are the flags that were set; the base gets three times the steps of each."""
     out, begun = Path(given.pop("out", "out/story")), time.time()
     device, _ = convert.pick_device(given.get("device", ""), given.get("dtype", ""))
     width, batch = (512, 64) if device.type == "cuda" else (128, 4)  # minutes on a GPU, and on two CPU cores
@@ -301,8 +301,7 @@ def main():
         saved = sorted(Path(given.get("out", Settings.out)).glob(f"{convert.STEP}/settings.json"))
         given = (json.loads(saved[-1].read_text()) if saved else {}) | given
     if not (given.get("init") or given.get("resume")):
-        story(given)
-        return
+        return story(given)
     if "RANK" in os.environ:  # started by torchrun; the first process speaks for all
         if torch.cuda.is_available():
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
