@@ -8,9 +8,9 @@ Measure a model on held-out text: at every depth, with confidence exit, and how 
 Loss is the mean cross-entropy per token in nats, perplexity its exponential; bits per byte compare across tokenizers.
 """
 
-import importlib
 import json
 import math
+import runpy
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -84,8 +84,7 @@ def exit_stats(model, sequences, max_loops, halt, batch):
 def main():
     if "--task=speed" in sys.argv:  # the benchmark lies beside the tests, and has flags of its own: --task=speed --help
         sys.argv.remove("--task=speed")
-        sys.path.append(str(Path(__file__).parent / "tests"))
-        return importlib.import_module("benchmark_speed").main()
+        return runpy.run_path(str(Path(__file__).parent / "tests" / "benchmark_speed.py"))["main"]()
     s = Settings(**convert.parse(Settings))
     device, dtype = convert.pick_device(s.device, s.dtype)
     directory = convert.resolve(s.init)

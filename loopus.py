@@ -272,7 +272,7 @@ class LoopUS(nn.Module):
         at = at or span(self.config, 0, h.size(1), h.device)
         for i, block in enumerate(blocks):
             if self.checkpointing and torch.is_grad_enabled():
-                h = checkpoint(block, h, at, use_reentrant=False)
+                h = checkpoint(block, h, at, use_reentrant=False, preserve_rng_state=False)
             else:
                 h = block(h, at, None if cache is None else cache[i])
         return h
@@ -312,7 +312,8 @@ class LoopUS(nn.Module):
 
         x, target = self.norm(self.run(self.decoder, h)).flatten(0, 1), targets.flatten()
         size = max(1, (1 << 24) // self.config.vocab_size)  # 64 MiB of logits in float32
-        parts = [checkpoint(of, *part, use_reentrant=False) for part in zip(x.split(size), target.split(size))]
+        again = dict(use_reentrant=False, preserve_rng_state=False)  # nothing is drawn
+        parts = [checkpoint(of, *part, **again) for part in zip(x.split(size), target.split(size))]
         right = torch.cat([right for _, right in parts]).view_as(targets)
         return sum(loss for loss, _ in parts) / (target != -100).sum().clamp(min=1), right
 

@@ -194,20 +194,21 @@ def measure_writing(s):
     print(f" {'uncached s':>11}" if s.uncached else "")
     ends = size_of([*model.encoder, *model.decoder, model.lm_head])
     torch.manual_seed(0)
-    prompt = torch.randint(0, c.vocab_size, (s.batch, PROMPT), device=device)
+    length, size = min(PROMPT, c.block_size // 2), min(128, c.block_size)
+    prompt = torch.randint(0, c.vocab_size, (s.batch, length), device=device)
     whole = {}  # mean seconds per token
     for loops in (1, 2, 4, 8, "exit"):
         most, halt = (8, Halt(threshold=s.threshold)) if loops == "exit" else (loops, Halt(threshold=2.0))
-        fill = partial(model.advance, prompt, 0, model.new_cache(s.batch, 128, most), most, halt)
+        fill = partial(model.advance, prompt, 0, model.new_cache(s.batch, size, most), most, halt)
         with torch.compiler.set_stance("force_eager"):
             prefill = seconds(device, fill, 3)
-        cache, passes, spent = model.new_cache(s.batch, 128, most), [], []
+        cache, passes, spent = model.new_cache(s.batch, size, most), [], []
         with torch.compiler.set_stance("force_eager"):
             logits, _ = model.advance(prompt, 0, cache, most, halt)
         for i in range(s.tokens + 3):
             idx = logits.argmax(dim=-1, keepdim=True)
             begun = time.perf_counter()
-            logits, taken = model.advance(idx, PROMPT + i, cache, most, halt)
+            logits, taken = model.advance(idx, length + i, cache, most, halt)
             if device.type == "cuda":
                 torch.cuda.synchronize()
             if i >= 3:  # the first ones compile
@@ -218,7 +219,7 @@ def measure_writing(s):
         whole[loops] = sum(spent) / len(spent)
         floor = (ends + mean * size_of(model.reasoning)) / bandwidth
         label = f"{loops}" if loops != "exit" else f"{mean:.2f}"
-        line = f"{label:>8} {s.batch * PROMPT / prefill:10.0f} {token:9.4f} {s.batch / token:9.1f}"
+        line = f"{label:>8} {s.batch * length / prefill:10.0f} {token:9.4f} {s.batch / token:9.1f}"
         line += f" {floor:8.4f} {token / floor:9.2f}"
         if s.uncached:
             line += f" {seconds(device, partial(model, prompt, most), 3):11.4f}"
@@ -228,7 +229,7 @@ def measure_writing(s):
         print(f"exit saves {saved:.1%} of 8 passes' time: {saved / promised:.0%} of what {mean:.2f} of 8 promise")
     if s.profile:
         with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
-            model.advance(idx, PROMPT, model.new_cache(s.batch, 128, 8), 8, Halt(threshold=2.0))
+            model.advance(idx, length, model.new_cache(s.batch, size, 8), 8, Halt(threshold=2.0))
         print(profile.key_averages().table(sort_by="self_cpu_time_total", row_limit=14, max_name_column_width=50))
 
 

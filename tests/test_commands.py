@@ -103,6 +103,17 @@ def test_evaluation_agrees_with_plain_sums(checkpoint):
     assert abs(sum(b["tokens"] * b["right"] for b in never["calibration"]) / y.numel() - right) < 1e-5
 
 
+def test_speed_of_writing_and_training(command, checkpoint):
+    model, cuts = checkpoint[0], ["--encoder_layers=1", "--decoder_layers=1"]
+    code, out, err = command(evaluation, "--task=speed", model, "--tokens=8", *cuts)
+    rows = [line.split() for line in out.splitlines()[2:6]]
+    assert code == 0 and [row[0] for row in rows] == ["1", "2", "4", "8"], err
+    assert all(float(x) > 0 for row in rows for x in row[1:4])
+    code, out, err = command(evaluation, "--task=speed", model, "--train", "--way=bf16", "--context=32", *cuts)
+    seconds, tokens, tflop = map(float, out.split()[1:4])
+    assert code == 0 and abs(tokens - 64 / seconds) < 0.5 * tokens and tflop >= 0, err
+
+
 def test_the_whole_story_in_small(command, tmp_path):
     arguments = ["--steps=2", "--eval_tokens=1024", f"--out={tmp_path / 'story'}"]
     code, out, err = command(train, *arguments)
