@@ -326,12 +326,12 @@ class LoopUS(nn.Module):
 
     # ---- generation, §3.1 and App. E
 
-    def new_cache(self, batch, size, loops):
-        """Room for the keys and values of `size` positions: one tensor (layers, 2, B, size, m, hd) for "encoder" and
-        "decoder" each, and a list of them for "reasoning", one per loop depth: the states entering each differ."""
-        c, new = self.config, self.wte.weight.new_zeros
+    def new_cache(self, batch, size, loops, shared=False):
+        """Room for `size` keys and values: a tensor (layers, 2, B, size, m, hd) each for "encoder" and "decoder", and a
+        list of them, one per loop depth, for "reasoning"; shared: one for all, where tokens show their newest pass."""
+        c, new, loops = self.config, self.wte.weight.new_zeros, max(1, loops)
         shape = 2, batch, size, c.n_kv_head, c.head_dim
-        depths = [new(c.reasoning_layers, *shape) for _ in range(max(1, loops))]
+        depths = [new(c.reasoning_layers, *shape) for _ in range(1 if shared else loops)] * (loops if shared else 1)
         return {"encoder": new(c.encoder_layers, *shape), "reasoning": depths, "decoder": new(c.decoder_layers, *shape)}
 
     @torch.no_grad()
@@ -364,7 +364,7 @@ class LoopUS(nn.Module):
     @torch.no_grad()
     def stream(
         self, idx, max_new_tokens, max_loops=8, threshold=0.6, temperature=1.0, top_k=None, generator=None, top_p=None,
-        halt="threshold", epsilon=1.0, min_loops=1,
+        halt="threshold", epsilon=1.0, min_loops=1, shared=False,
     ):  # fmt: skip
         """`generate`, one token at a time: yields (token (B, 1), passes it took (B,)). When the context is full, its
         newest half is run again at positions 0 …, and generation goes on from there."""
@@ -372,7 +372,7 @@ class LoopUS(nn.Module):
             raise InputError("the prompt is empty: give at least one token")
         halt, new, start = Halt(halt, threshold, epsilon, min_loops), idx, 0
         size = min(self.config.block_size, -(-(idx.size(1) + max_new_tokens) // 128) * 128)  # few sizes to compile for
-        cache = self.new_cache(idx.size(0), size, max_loops)
+        cache = self.new_cache(idx.size(0), size, max_loops, shared)
         for _ in range(max_new_tokens):
             if start + new.size(1) > size and start > 0:
                 new, start = idx[:, -max(1, size // 2) :], 0
@@ -386,8 +386,8 @@ class LoopUS(nn.Module):
     def generate(self, idx, max_new_tokens, *args, **kwargs):
         """Continue idx (B, T) by max_new_tokens tokens of at most max_loops=8 passes each; a token stops at the first
         pass with q ≥ threshold=0.6 (above 1: never), or by the rule halt=, with epsilon= and min_loops=, of `Halt`.
-        temperature=1 (0: greedy), top_k=, generator=, top_p=: see `sample`; max_loops=0: the pretrained model. → tokens
-        (B, T + max_new_tokens), passes (B, max_new_tokens). Raises InputError if idx is empty or too long."""
+        temperature=1 (0: greedy), top_k=, generator=, top_p=: see `sample`; max_loops=0: the pretrained model; shared=:
+        of `new_cache`. → tokens (B, T + max_new_tokens), passes (B, max_new_tokens). InputError: idx is unfit."""
         steps = [*self.stream(idx, max_new_tokens, *args, **kwargs)]
         passes = [idx[:, :0], *(depth[:, None] for _, depth in steps)]
         return torch.cat((idx, *(token for token, _ in steps)), dim=1), torch.cat(passes, dim=1)
@@ -447,8 +447,8 @@ def losses(model, h, targets, before=None, through=1, onward=False):
         h = model.refine(h)
     lm, right = model.loss(h, targets)
     confidence, counts = precise(model.confidence(h)), (targets != -100).float()
+    counts /= counts.sum().clamp(min=1)
     q = F.binary_cross_entropy_with_logits(confidence, right.type_as(counts), counts, reduction="sum")
-    q = q / counts.sum().clamp(min=1)
     return lm, F.silu(lm - before), q, h.detach()
 
 

@@ -30,6 +30,7 @@ class Settings(convert.Inference):
     top_k: int = flag(50, "draw among this many likeliest tokens", 1)
     top_p: float = flag(1.0, "of these, among the fewest likeliest that reach this probability", 0)
     seed: int = flag(2026, "of the random draws")
+    shared: bool = flag(False, "one cache for all depths: less memory, a little worse")
     compile: bool = flag(False, "compile the step of a token: on a CPU some seconds, then twice as fast")
     trace: bool = flag(False, "show the next token's candidates after each pass instead of writing")
 
@@ -43,7 +44,7 @@ def tint(text, passes, max_loops):
 
 def write(model, tokenizer, prompt, ids, s):
     """Stream the continuation of a prompt to standard output, and one line about it to standard error."""
-    names = "max_loops threshold temperature top_k top_p halt epsilon min_loops".split()
+    names = "max_loops threshold temperature top_k top_p halt epsilon min_loops shared".split()
     given = {name: getattr(s, name) for name in names} | dict(generator=torch.Generator(ids.device).manual_seed(s.seed))
     utf8, depths, begun = codecs.getincrementaldecoder("utf-8")("replace"), [], time.time()
     if sys.stdout.isatty() and s.max_loops > 0:

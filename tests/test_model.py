@@ -338,3 +338,22 @@ def test_rotary_table_turns_by_position():
             angle = (3 + t) * 10000 ** (-2 * i / 8)
             pair = complex(x[0, t, 0, i], x[0, t, 0, i + 4]) * complex(math.cos(angle), math.sin(angle))
             assert abs(complex(turned[0, t, 0, i], turned[0, t, 0, i + 4]) - pair) < 1e-5
+
+
+@torch.no_grad()
+def test_a_cache_shared_by_all_depths(model):
+    """It is one tensor, in which a token that comes later sees of those before what their last pass left."""
+    idx = torch.randint(0, 257, (2, 6))
+    shared, never = model.new_cache(2, 6, 3, shared=True), Halt(threshold=2)
+    assert len({depth.data_ptr() for depth in shared["reasoning"]}) == 1 and len(shared["reasoning"]) == 3
+    last, _ = model.advance(idx[:, :5], 0, shared, 3, never)
+    torch.testing.assert_close(last, model(idx[:, :5], 3)[:, -1])  # these go through the depths together
+    exact = model.new_cache(2, 6, 3)
+    model.advance(idx[:, :5], 0, exact, 3, never)
+    assert torch.equal(shared["reasoning"][0], exact["reasoning"][2])
+    exact["reasoning"] = [exact["reasoning"][2].clone() for _ in range(3)]
+    got, expected = (model.advance(idx[:, 5:], 5, cache, 3, never)[0] for cache in (shared, exact))
+    torch.testing.assert_close(got, expected)
+    assert (got - model(idx, 3)[:, -1]).abs().max() > 1e-3  # another model
+    tokens, passes = model.generate(idx, 4, 1, temperature=0, shared=True)
+    assert torch.equal(tokens, model.generate(idx, 4, 1, temperature=0)[0])
