@@ -557,9 +557,8 @@ def load_tokens(files, tokenizer):
                 while some := list(islice(work, 64)):
                     for (text, _), ids in zip(some, pool.map(lambda passage: tokenizer.encode(*passage), some)):
                         np.array(ids, dtype=dtype).tofile(out)
-                        done += len(text)
+                        done += len(text.encode() if isinstance(text, str) else text)
                     progress("tokenising", done, total)
-            progress("tokenising", total, total)
             part.replace(path)
         finally:
             part.unlink(missing_ok=True)

@@ -312,8 +312,7 @@ class LoopUS(nn.Module):
 
         x, target = self.norm(self.run(self.decoder, h)).flatten(0, 1), targets.flatten()
         size = max(1, (1 << 24) // self.config.vocab_size)  # 64 MiB of logits in float32
-        again = dict(use_reentrant=False, preserve_rng_state=False)  # nothing is drawn
-        parts = [checkpoint(of, *part, **again) for part in zip(x.split(size), target.split(size))]
+        parts = [checkpoint(of, *part, use_reentrant=False) for part in zip(x.split(size), target.split(size))]
         right = torch.cat([right for _, right in parts]).view_as(targets)
         return sum(loss for loss, _ in parts) / (target != -100).sum().clamp(min=1), right
 

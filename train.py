@@ -268,8 +268,10 @@ def story(given):
         gpt2 = dict(model_type="gpt2", architectures=["GPT2LMHeadModel"], layer_norm_epsilon=1e-5, vocab_size=257)
         gpt2 |= dict(n_positions=512, n_layer=6, n_embd=width, n_head=width // 64)
         model = LoopUS(Config(**convert.read_family(gpt2, untrained)[1]))
-        for p in (p for p in model.parameters() if p.dim() > 1):
-            torch.nn.init.normal_(p, std=0.02)
+        for name, p in model.named_parameters():  # as GPT-2: zero biases, small weights into the residual stream
+            std = 0.0 if p.dim() == 1 else 0.006 if name.endswith(("out.weight", "down.weight")) else 0.02
+            if p.dim() > 1 or name.endswith("bias"):
+                torch.nn.init.normal_(p, std=std)
         model.reset_new_parameters()
         convert.save(model, convert.byte_tokenizer(), untrained, "hf")
         new = replace(unlooped, init=untrained, out=str(out / "pretraining"), steps=3 * looped.steps, lr=2e-3)

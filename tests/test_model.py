@@ -213,6 +213,7 @@ def test_compiled_steps_are_the_definition_and_compile_once(shape, more):
     expected, eager = model.decode(h), model.generate(idx[:, :9], 30, 6, 0.52, temperature=0)
     for block in model.layers():
         block.compile()
+    torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
     cache = model.new_cache(1, 64, 6)
     with torch.compiler.set_stance("force_eager"):
