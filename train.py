@@ -145,8 +145,8 @@ def train(s):
     if found:
         try:
             saved = torch.load(found[-1], map_location=device, weights_only=True)
-        except (RuntimeError, OSError, EOFError) as e:
-            raise InputError(f"{found[-1]} is damaged ({e}): remove {found[-1].parent} and resume again") from None
+        except Exception as e:  # of many kinds, with long explanations
+            raise InputError(f"{found[-1]} is damaged ({type(e).__name__}): remove its directory and resume") from None
         optimizer.load_state_dict(saved["optimizer"])
         first = saved["step"]
     if first > s.steps:
