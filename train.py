@@ -220,7 +220,7 @@ def train(s):
         if done < count:  # asked to stop: as if this step had not begun
             if step > first:
                 checkpoint(step)
-            stopped = f"stopped by {' '.join(asked)} after step {step}; --resume --out={out} goes on"
+            stopped = f"stopped by {' '.join(asked[:1])} after step {step}; --resume --out={out} goes on"
             sys.exit(stopped if rank == 0 else 1)
         for p, _ in trained if world > 1 else ():
             p.grad = summed(p.grad) / world
