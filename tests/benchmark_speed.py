@@ -2,6 +2,7 @@
 How fast does a looped model write, and train? Everything on this machine, in this run.
 
     python eval.py --task=speed MODEL [--dtype=bf16] [--compile] [--batch=8] [--data=held_out.txt] [--profile]
+    python eval.py --task=speed MODEL --shared --data=held_out.txt
     python eval.py --task=speed MODEL --train [--max_loops=4] [--supervised=1] [--batch=2] [--context=256]
 
 Writing: prefill and decode at 1, 2, 4, 8 passes and with exit. A prompt of 64 random tokens, then tokens one by one:
@@ -39,6 +40,7 @@ class Settings:
     """Tokens per second of a looped model."""
 
     init: str = flag("", "model: directory or hub name")
+    shared: bool = flag(False, "with --data: what a cache shared by all depths costs in loss")
     train: bool = flag(False, "measure training instead of writing")
     way: str = flag("", "of training, in this process: " + ", ".join(WAYS), None, WAYS)
     max_loops: int = flag(4, "B, with --train", 1)
@@ -162,12 +164,34 @@ def main():
     given = convert.parse(Settings, "init")
     s = Settings(**given)
     s.batch = s.batch or (2 if s.train else 1)
-    if not s.train:
+    if s.shared:
+        compare_caches(s)
+    elif not s.train:
         measure_writing(s)
     elif not s.way:
         compare_training(s)
     else:
         measure_training(s)
+
+
+@torch.no_grad()
+def compare_caches(s):
+    """Loss of 8 x 32 held-out tokens, each run after those before, with a cache per depth and with a shared one."""
+    model, tokenizer = convert.load(s.init, s.device or "cpu", torch.bfloat16)
+    tokens = convert.load_tokens(convert.find_files(s.data), tokenizer)
+    x, y = convert.rows(tokens, torch.linspace(0, len(tokens) - 34, 8).long().tolist(), 32)
+    for loops in (2, 4, 8):
+        losses, sizes = [], []
+        for shared in (False, True):
+            cache, loss = model.new_cache(8, 32, loops, shared), 0.0
+            depths = {depth.data_ptr(): depth for depth in cache["reasoning"]}.values()
+            sizes.append(sum(part.nbytes for part in (cache["encoder"], cache["decoder"], *depths)) / 1e6)
+            for i in range(32):
+                logits, _ = model.advance(x[:, i : i + 1], i, cache, loops, Halt(threshold=2.0))
+                loss += F.cross_entropy(logits.float(), y[:, i]).item() / 32
+            losses.append(loss)
+        line = "{} passes: loss {:.4f} with a cache per depth ({:.1f} MB), {:.4f} with a shared one ({:.1f} MB)"
+        print(line.format(loops, losses[0], sizes[0], losses[1], sizes[1]), flush=True)
 
 
 @torch.no_grad()

@@ -305,7 +305,7 @@ def test_no_finite_gradient_and_damage_end_in_one_line(command, checkpoint, tmp_
     wrong(ended, "no finite gradient in 5 steps", "lower --lr")
     assert all(f"left_out {n}" in ended[1] for n in range(1, 5)) and {f: f.read_bytes() for f in before} == before
     (tmp_path / "run" / "step-0000004" / "optimizer.pt").write_bytes(b"PK" + bytes(1000))
-    wrong(command(train, "--resume", *run, "--steps=100"), "optimizer.pt is damaged", "resume again")
+    wrong(command(train, "--resume", *run, "--steps=100"), "optimizer.pt is damaged", "remove its directory")
 
 
 def test_out_of_memory_is_one_line(monkeypatch, capsys):
