@@ -104,8 +104,8 @@ def read_family(base, path):
     for key, allowed in layout["only"].items():
         if raw.get(key, allowed[0]) not in allowed:
             raise InputError(f"{path}: {key} {raw[key]} is not supported; expected {' or '.join(map(str, allowed))}")
-    raw |= {key: key[0] for key in layout["config"].values() if isinstance(key, tuple)}
-    values = {ours: raw[key] for ours, key in layout["config"].items() if raw.get(key) is not None}
+    values = {ours: key[0] if isinstance(key, tuple) else raw.get(key) for ours, key in layout["config"].items()}
+    values = {ours: value for ours, value in values.items() if value is not None}
     width, heads = values.get("n_embd", 0), values.get("n_head", 1)
     usual = dict(n_kv_head=heads, head_dim=width // heads, n_inner=4 * width, rope_theta=10000.0)
     return layout, usual | values | dict(rope_scaling=rope if rope["rope_type"] == "llama3" else None, base=base)

@@ -436,12 +436,12 @@ def losses(model, h, targets, before=None, through=1, onward=False):
     L_LM   = CE(D(h'), next token),  h' = one gated pass from h, the only pass that gradients go through
     L_mono = SiLU(L_LM − L_LM of h, the latter without gradient): a pass should do no harm
     L_Q    = BCE(q(h'), was the likeliest token right?), per token
-
     before: L_LM of h, if known. through: passes in this step. onward: gradients go on into what made h."""
     h = h if onward else h.detach()
     if before is None:
         with torch.no_grad():
             before, _ = model.loss(h, targets)
+    torch.clear_autocast_cache()  # older torch keeps copies of weights that were made without gradient
     for _ in range(through):
         h = model.refine(h)
     lm, right = model.loss(h, targets)

@@ -53,6 +53,10 @@ def test_train_eval_sample(command, checkpoint, tmp_path):
     arguments = ["--prompt=def ", "--max_new_tokens=12", "--max_loops=3", "--seed=3"]
     code, text, line = command(sample, *arguments)
     assert code == 0 and text.startswith("def ") and "12 tokens," in line and "of at most 3" in line
+    assert 0.1 < float(line.split("peak memory ")[1].split(" GB")[0]) < 10
+    assert (
+        command(sample, *arguments, "--shared", "--max_loops=1")[1] == command(sample, *arguments, "--max_loops=1")[1]
+    )
     assert "\x1b" not in text  # no colours where nobody looks
     assert command(sample, *arguments)[1] == text
     assert command(sample, *arguments[:-1], "--seed=5")[1] != text
