@@ -30,7 +30,7 @@ import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from loopus import Config, InputError, LoopUS, span
+from loopus import Config, InputError, Linear, LoopUS, span
 
 # ---- Layouts: what is particular about each kind of checkpoint. config: our field → its key in config.json, or what
 # the whole family shares; only: keys of which other values are not supported; layer: the name of layer i of the
@@ -113,8 +113,8 @@ def read_family(base, path):
 
 def written_config(config, format, dtype):
     """Our Config → (layout, config.json) of a checkpoint in that format."""
-    if not config.base:
-        raise InputError("the model cannot be written: it was made without the pretrained model's config.json")
+    if not config.base or dtype == "int8":
+        raise InputError("only a model that was loaded by convert.load, not as int8, can be written")
     base = config.base.get("base_config_dict", config.base)
     base = base | {"tie_word_embeddings": False, "dtype" if "dtype" in base else "torch_dtype": dtype}
     if format == "hf":
@@ -149,9 +149,9 @@ def sources(model, layout):
 
 
 def load(src, device="cpu", dtype=torch.float32, **overrides):
-    """→ (model in eval mode, tokenizer or None) from `src`, a hub name or a directory; dtype None: as it is stored.
-    `overrides` are fields of Config, such as encoder_layers=2; −1 and "" count as not given. What was never cut gets
-    the paper's cuts, or those of `choose_cuts`. Raises InputError for what is missing, misshapen or unsupported."""
+    """→ (model in eval mode, tokenizer or None) from `src`, a hub name or directory; dtype None: as stored, int8:
+    rounded matrices, the rest float32. `overrides` are fields of Config (encoder_layers=2); −1 and "": not given.
+    What was never cut gets the paper's cuts, or those of `choose_cuts`. InputError: missing, misshapen, unsupported."""
     overrides = {name: value for name, value in overrides.items() if value not in (-1, "")}
     cuts = {name: overrides.pop(name) for name in ("encoder_layers", "decoder_layers") if name in overrides}
     directory = resolve(src)
@@ -159,12 +159,15 @@ def load(src, device="cpu", dtype=torch.float32, **overrides):
     tokenizer = load_tokenizer(directory)
     if tokenizer and tokenizer.n_vocab > config.vocab_size:
         raise InputError(f"{directory}: a tokenizer of {tokenizer.n_vocab} and a model of {config.vocab_size} tokens")
-    model = read_model(directory, layout, config, tied, device, dtype).eval()
+    model = read_model(directory, layout, config, tied, device, torch.float32 if dtype == torch.int8 else dtype).eval()
     encoder, decoder = config.encoder_layers, config.decoder_layers
     if "gate" not in layout["names"] and len(cuts) < 2:  # never cut before, nor now
         paper = PAPER_CUTS.get((config.n_layer, config.n_embd))
         encoder, decoder = paper or choose_cuts(layer_distances(model, sample_text(model, tokenizer)))
     cut(model, cuts.get("encoder_layers", encoder), cuts.get("decoder_layers", decoder))
+    for layer in (m for m in model.modules() if isinstance(m, Linear) and dtype == torch.int8):
+        layer.scale = layer.weight.abs().amax(dim=1).clamp(min=1e-12) / 127
+        layer.weight = torch.nn.Parameter((layer.weight / layer.scale[:, None]).round().to(dtype), requires_grad=False)
     return model, tokenizer
 
 
@@ -172,7 +175,7 @@ def read_model(directory, layout, config, tied, device, dtype):
     """The model of `config` with the weights of the directory, each tensor copied from the mapped file once."""
     with torch.device("meta"):
         model = LoopUS(config)
-    files, state, problems = tensor_files(directory), {}, []
+    files, state, disagree = tensor_files(directory), {}, f"the weights in {directory} disagree with its config.json:"
     opened, unused = lru_cache(maxsize=1)(partial(safe_open, framework="pt")), set(files)
     for count, (name, there, transposed) in enumerate(sources(model, layout)):
         if count % 8 == 0:
@@ -182,22 +185,19 @@ def read_model(directory, layout, config, tied, device, dtype):
         if tied and name == "lm_head.weight":
             there = [bare(layout["names"]["wte"]) + ".weight"]
         if missing := [n for n in there if n not in files]:
-            problems.append(f"{' and '.join(missing)} missing")
-            continue
+            raise InputError(f"{disagree} {' and '.join(missing)} missing")
         parts = [opened(file).get_tensor(n) for file, n in (files[n] for n in there)]
         parts = [part.T if transposed else part for part in parts]
         rows = [len(part) for part in parts]
         if any((sum(rows), *part.shape[1:]) != shape for part in parts):
             found = " + ".join(str(list(part.shape)) for part in parts)
-            problems.append(f"{' + '.join(there)} shaped {found} instead of {list(shape)}")
-            continue
+            raise InputError(f"{disagree} {' + '.join(there)} shaped {found} instead of {list(shape)}")
         dtype = dtype or parts[0].dtype
         state[name] = torch.empty(shape, device=device, dtype=dtype)
         for target, part in zip(state[name].split(rows), parts):
             target.copy_(part)
-    if problems := [*problems, *(f"{n} unknown" for n in sorted(unused))]:
-        more = f" (and {len(problems) - 3} more)" if len(problems) > 3 else ""
-        raise InputError(f"the weights in {directory} disagree with its config.json: {'; '.join(problems[:3])}{more}")
+    if unused:
+        raise InputError(f"{disagree} {', '.join(sorted(unused)[:3])} unknown")
     new = {name: p for name, p in model.named_parameters() if name not in state}
     state |= {name: torch.empty(p.shape, device=device, dtype=dtype) for name, p in new.items()}
     model.load_state_dict(state, assign=True)
@@ -239,7 +239,7 @@ def save(model, tokenizer, out_dir, format="authors", **more):
     into the directory out_dir. format "authors": looped, as the LoopUS authors have it; "hf": encoder, loop and decoder
     put back as one unlooped model, as on the hub. All of it is put in place, or nothing: raises InputError."""
     c, tensors, out_dir = model.config, {}, Path(out_dir)
-    layout, config = written_config(c, format, str(model.wte.weight.dtype).removeprefix("torch."))
+    layout, config = written_config(c, format, str(model.lm_head.weight.dtype).removeprefix("torch."))
     rows = {2: [c.n_inner] * 2, 3: [n * c.head_dim for n in (c.n_head, c.n_kv_head, c.n_kv_head)]}
     for name, there, transposed in sources(model, layout):
         whole = model.get_parameter(name).detach()
@@ -284,18 +284,15 @@ def resolve(src):
         return path
     if steps := sorted(path.glob(f"{STEP}/config.json")):
         return steps[-1].parent
-    if path.exists():
-        raise InputError(f"{src} holds no config.json: expected a directory with a checkpoint, or a name on the hub")
     name, _, revision = str(src).partition("@")
     name = re.sub(r"^gpt2(-medium|-large|-xl)?$", r"openai-community/\g<0>", name)
-    if not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
-        raise InputError(f"{src} is no directory here and no name on the hub: expected owner/name, gpt2 or a directory")
+    if path.exists() or not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
+        raise InputError(f"{src} is no directory with a config.json here and no name on the hub (owner/name, gpt2)")
     return download(name, revision or "main")
 
 
 def download(name, revision):
-    """→ the directory of a model on the hub (HF_ENDPOINT, HF_TOKEN): where the hub's own tools have put it before
-    (below HF_HOME), or in our cache, fetched once, the weights last."""
+    """→ the directory of a model on the hub: where the hub's own tools have put it, or in our cache, weights last."""
     home = os.environ.get("HF_HOME") or Path.home() / ".cache" / "huggingface"
     theirs = Path(os.environ.get("HF_HUB_CACHE") or Path(home, "hub"), f"models--{name.replace('/', '--')}")
     commit = theirs / "refs" / revision
@@ -308,11 +305,9 @@ def download(name, revision):
     directory.mkdir(parents=True, exist_ok=True)
     fetch(url, "config.json", directory)
     fetch(url, "tokenizer.json", directory, optional=True)
-    if not fetch(url, "model.safetensors", directory, optional=True):
-        if not fetch(url, "model.safetensors.index.json", directory, optional=True):
-            raise InputError(f"{name}@{revision} has no safetensors on the hub: pickled weights are not read")
-        for shard in shards(directory):
-            fetch(url, shard.name, directory)
+    fetch(url, "model.safetensors.index.json", directory, optional=True)
+    for shard in shards(directory):
+        fetch(url, shard.name, directory)
     return directory
 
 
@@ -323,10 +318,7 @@ class Redirects(urllib.request.HTTPRedirectHandler):
 
     def redirect_request(self, request, answer, code, message, headers, url):
         self.stated = self.stated | {key.lower(): value for key, value in headers.items()}
-        new = super().redirect_request(request, answer, code, message, headers, url)
-        if (new.type, new.host) == (request.type, request.host):  # the token is for the hub alone
-            new.unredirected_hdrs |= request.unredirected_hdrs
-        return new
+        return super().redirect_request(request, answer, code, message, headers, url)
 
 
 def fetch(url, name, directory, optional=False):
@@ -337,7 +329,7 @@ def fetch(url, name, directory, optional=False):
     have = part.stat().st_size if part.exists() else 0
     request = urllib.request.Request(url + name, headers={"Range": f"bytes={have}-"} if have else {})
     if token := os.environ.get("HF_TOKEN"):
-        request.add_unredirected_header("Authorization", f"Bearer {token}")
+        request.add_unredirected_header("Authorization", f"Bearer {token}")  # for the hub alone
     try:
         with urllib.request.build_opener(redirects).open(request, timeout=30) as answer:
             have = have if answer.status == 206 else 0  # 206: the rest is coming; else all of it
@@ -352,8 +344,8 @@ def fetch(url, name, directory, optional=False):
             return False
         if e.code == 416:  # there is no rest to send: what lies here is not the beginning of that file
             part.unlink()
-        hint = {401: "set HF_TOKEN", 403: "set HF_TOKEN", 404: "check the name"}.get(e.code, "try again later")
-        raise InputError(f"the hub answered {e.code} for {url}{name}: {hint}") from None
+        hints = {401: "set HF_TOKEN", 403: "set HF_TOKEN", 404: "check the name, and that it has safetensors"}
+        raise InputError(f"the hub answered {e.code} for {url}{name}: {hints.get(e.code, 'try again later')}") from None
     except (OSError, http.client.HTTPException) as e:
         raise InputError(f"cannot fetch {url}{name} ({e}): go online and run it again, or give a directory") from None
     if have < size:
@@ -385,7 +377,7 @@ def byte_level(model):
     """→ {bytes: its ids} in the order of merging; a byte that the vocabulary lacks has none, and vanishes."""
     byte_of, vocab = {ord(character): b for b, character in ALPHABET.items()}, model["vocab"]
     whole = (t for t in vocab if model.get("ignore_merges") and byte_of.keys() >= set(map(ord, t)))
-    tokens = [*ALPHABET.values(), *merged(model), *whole]
+    tokens = [*ALPHABET.values(), *model["merged"], *whole]
     return {t.translate(byte_of).encode("latin-1"): (vocab[t],) if t in vocab else () for t in tokens}
 
 
@@ -399,14 +391,9 @@ def sentencepiece(model):
         for n in range(2, len(data)):
             ids[data[:n]] = tuple(vocab[f"<0x{b:02X}>"] for b in data[:n])
         ids[data] = (vocab[character],)
-    for token in merged(model):
+    for token in model["merged"]:
         ids.setdefault(token.replace(SPACE, " ").encode(), (vocab[token],))
     return ids
-
-
-def merged(model):
-    """The tokens that merges make, in their order; a merge is "a b" or, in newer files, ["a", "b"]."""
-    return ["".join(m.split(" ") if isinstance(m, str) else m) for m in model["merges"]]
 
 
 class Tokenizer:
@@ -414,9 +401,11 @@ class Tokenizer:
     tiktoken numbers tokens in the order of their merges; real vocabularies do not always: `ids` has their numbers."""
 
     def __init__(self, spec, where="tokenizer.json"):
-        self.spec, vocab = spec, spec["model"]["vocab"]
-        split, self.nfc, self.prefix = text_style(spec, where)
-        ids_of = sentencepiece(spec["model"]) if self.prefix else byte_level(spec["model"])
+        self.spec, model, vocab = spec, dict(spec["model"]), spec["model"]["vocab"]
+        # the tokens that merges make, in their order; a merge is "a b" or, in newer files, ["a", "b"]
+        model["merged"] = ["".join(m.split(" ") if isinstance(m, str) else m) for m in model.get("merges", ())]
+        split, self.nfc, self.prefix = text_style(spec, model, where)
+        ids_of = sentencepiece(model) if self.prefix else byte_level(model)
         self.ids = list(ids_of.values())
         ranks = {data: rank for rank, data in enumerate(ids_of)}
         self.encoding = tiktoken.Encoding("loopus", pat_str=split, mergeable_ranks=ranks, special_tokens={})
@@ -465,16 +454,16 @@ class Tokenizer:
         return text.removeprefix(" ") if self.prefix else text
 
 
-def text_style(spec, where):
+def text_style(spec, model, where):
     """→ (regular expression that cuts text before BPE, is the text brought to Unicode's NFC before, which parts of it
     sentencepiece puts a space before: each, always (unless there is one), first, never; byte-level BPE: "")."""
-    normalizer, splitter, model = spec.get("normalizer"), spec.get("pre_tokenizer") or dict(type="none"), spec["model"]
+    normalizer, splitter = spec.get("normalizer"), spec.get("pre_tokenizer") or dict(type="none")
     steps = splitter["pretokenizers"] if splitter["type"] == "Sequence" else [splitter]
     kinds = [step["type"] for step in steps]
     nfc = normalizer == {"type": "NFC"}
     plain = steps[-1].get("use_regex", True) and not steps[-1].get("add_prefix_space")
     if model.get("byte_fallback"):
-        split = WHOLE if any(re.search(f"[^{SPACE}]{SPACE}", token) for token in merged(model)) else WORDS
+        split = WHOLE if any(re.search(f"[^{SPACE}]{SPACE}", token) for token in model["merged"]) else WORDS
         if kinds == ["none"] and normalizer == dict(type="Sequence", normalizers=PREPEND):
             return split, False, "each"
         if kinds == ["Metaspace"] and normalizer is None and steps[0].get("split") is False:
@@ -613,7 +602,7 @@ def sample_text(model, tokenizer):
 @torch.no_grad()
 def layer_distances(model, idx):
     """1 − cos of the states entering and leaving each layer, mean over the tokens idx (B, T): (n_layer,)."""
-    at = span(model.config, 0, idx.size(1), idx.device)
+    at = span(model.config, [0], idx.size(1), idx.device)
     h, distances = model.embed(idx, at), []
     for block in model.layers():
         before, h = h, block(h, at)
@@ -666,10 +655,8 @@ def parse(settings, *positional):
 def run(main):
     """Call main(); what the user can mend, and Ctrl-C, end it with one line and a non-zero exit code."""
     if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
-        (
-            libc.mallopt(-3, 1 << 30),
-            libc.mallopt(-1, (1 << 31) - 1),
-        )  # keep freed memory: getting it anew costs a CPU much
+        libc.mallopt(-3, 1 << 30)  # keep freed memory: getting it anew costs a CPU much
+        libc.mallopt(-1, (1 << 31) - 1)
     try:
         main()
     except BrokenPipeError:
@@ -692,8 +679,8 @@ def pick_device(name, dtype):
     except (RuntimeError, AssertionError):
         raise InputError(f"--device={name} is not to be had here: expected cpu, cuda or mps") from None
     native = {"cuda": torch.cuda.is_bf16_supported, "cpu": getattr(torch.cpu, "_is_avx512_bf16_supported", bool)}
-    bf16 = dtype == "bf16" or not dtype and native.get(device.type, bool)()
-    return device, torch.bfloat16 if bf16 else torch.float32
+    dtype = dtype or ("bf16" if native.get(device.type, bool)() else "fp32")
+    return device, dict(bf16=torch.bfloat16, fp32=torch.float32, int8=torch.int8)[dtype]
 
 
 def peak_memory(device):
@@ -723,7 +710,7 @@ class Inference:  # what sample.py and eval.py have in common
     epsilon: float = flag(1.0, "for convergence: length of a step at which it stops (paper: 0.1 … 100)", 0)
     min_loops: int = flag(1, "passes that each token takes at least", 1)
     device: str = flag("", "cpu, cuda or mps; empty: the best there is")
-    dtype: str = flag("", "empty: bf16 where the device is good at it", None, ("bf16", "fp32"))
+    dtype: str = flag("", "empty: bf16 where the device is good at it", None, ("bf16", "fp32", "int8"))
 
 
 @dataclass
@@ -765,8 +752,9 @@ def main():
     model, tokenizer = load(s.src, "cpu", None, encoder_layers=s.encoder_layers, decoder_layers=s.decoder_layers)
     if s.out:
         save(model, tokenizer, s.out, s.format)
-        stacks = model.encoder, model.reasoning, model.decoder
-        print("{}: {} encoder, {} looped, {} decoder layers".format(s.out, *map(len, stacks)))
+        print(
+            f"{s.out}: {len(model.encoder)} encoder, {len(model.reasoning)} loop, {len(model.decoder)} decoder layers"
+        )
     if s.profile:
         show_profile(model, tokenizer)
 

@@ -49,12 +49,10 @@ def depth_losses(model, sequences, depths, batch):
     sums = dict.fromkeys(depths, 0.0)
     for x, y in zip(*(part.to(model.wte.weight.device).split(batch) for part in sequences)):
         h = model.encode(x)
-        if 0 in sums:
-            sums[0] += model.loss(model.propose(h), y)[0].item() * len(x)
-        for b in range(1, max(depths) + 1):
-            h = model.refine(h)
+        for b in range(max(depths) + 1):
+            h = model.refine(h) if b > 0 else h
             if b in sums:
-                sums[b] += model.loss(h, y)[0].item() * len(x)
+                sums[b] += model.loss(h if b > 0 else model.propose(h), y)[0].item() * len(x)
     return {depth: total / len(sequences[0]) for depth, total in sums.items()}
 
 

@@ -117,8 +117,7 @@ def computing_copy(model, dtype):
 def train(s):
     """One run of `s` from s.init to a checkpoint in s.out/step-…; → the directory of that checkpoint."""
     if s.supervised > s.max_loops // s.through:
-        found = f"--supervised={s.supervised} of --max_loops={s.max_loops} in steps of --through={s.through}"
-        raise InputError(f"{found} cannot be drawn: expected K from 1 to B")
+        raise InputError(f"--supervised={s.supervised} of --max_loops={s.max_loops}: expected K, 1 to B / --through")
     if not s.data:
         raise InputError('no --data: give a text file, a directory, a glob, .bin tokens, or "python"')
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # of torchrun
@@ -187,10 +186,9 @@ def train(s):
                 shutil.rmtree(old)
         return directory
 
-    size = f"{sum(p.numel() for p in model.parameters()) / 1e6:.1f}M parameters in"
-    size += f" {len(model.encoder)} + {len(model.reasoning)} + {len(model.decoder)} layers, {len(tokens):,} tokens"
+    cuts = f"{len(model.encoder)} + {len(model.reasoning)} + {len(model.decoder)} layers"
+    print(f"{s.objective}: {cuts}, {len(tokens):,} tokens, {world} × {device}, {dtype}, to {out}", flush=True)
     asked, skipped = [], 0
-    print(f"{s.objective}: {size}, {world} × {device}, {dtype}, to {out}", flush=True)
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda number, _: asked.append(signal.Signals(number).name))
     begun, last, logged = time.time(), time.time(), first
@@ -261,7 +259,6 @@ def story(given):
     values |= dict(max_loops=8, supervised=2, encoder_layers=2, decoder_layers=2, eval_every=10**9, eval_tokens=32768)
     looped = Settings(**values | given)
     unlooped = replace(looped, objective="lm")
-
     untrained, base = str(out / "untrained"), str(out / "base")
     if not Path(base, "config.json").exists():
         torch.manual_seed(looped.seed)

@@ -131,7 +131,7 @@ def test_a_model_of_ours_in_the_authors_format(tmp_path, command, family):
 def test_formats_that_cannot_be_written(tmp_path, command):
     code, _, err = command(convert, GOLDEN / "gpt2", tmp_path / "out", "--format=gguf")
     assert code == 2 and "invalid choice: 'gguf'" in err and err.count("\n") == 1
-    with pytest.raises(InputError, match="made without the pretrained model's config.json"):
+    with pytest.raises(InputError, match="only a model that was loaded by convert.load"):
         convert.save(random_model(base=None), None, tmp_path / "out", "hf")
 
 
@@ -189,11 +189,11 @@ def broken(tmp_path, family="llama", tensors=None, **config):
         (dict(rope_scaling=dict(rope_type="yarn", factor=4.0)), "rope_type yarn is not supported"),
         (dict(model_type="qwen3_moe"), "model_type qwen3_moe is not supported"),
         (dict(num_hidden_layers="gone"), "not the config of a model we know .*n_layer"),
-        (dict(num_hidden_layers=3), "layers.3.input_layernorm.weight unknown"),
+        (dict(num_hidden_layers=3), "layers.3.input_layernorm.weight, .* unknown"),
         (dict(num_hidden_layers=5), "layers.4.input_layernorm.weight missing"),
         (dict(intermediate_size=96), r"mlp.gate_proj.weight \+ layers.0.mlp.up_proj.weight shaped \[80, 32\]"),
         (dict(vocab_size=300), r"embed_tokens.weight shaped \[259, 32\] instead of \[300, 32\]"),
-        (dict(num_key_value_heads=3), "no multiple of n_kv_head=3"),
+        (dict(num_key_value_heads=3), r"v_proj.weight shaped .* instead of \[80, 32\]"),
         (dict(tensors=lambda t: t.pop("model.norm.weight")), "norm.weight missing"),
         (dict(tensors=lambda t: t.update(extra=torch.zeros(1))), "extra unknown"),
     ],
@@ -219,7 +219,7 @@ def test_damaged_and_missing_files_are_named(tmp_path):
     with pytest.raises(InputError, match="config.json is not the config of a model we know"):
         convert.load(directory)
     (directory / "config.json").unlink()
-    with pytest.raises(InputError, match="holds no config.json"):
+    with pytest.raises(InputError, match="no directory with a config.json"):
         convert.load(directory)
 
 
@@ -271,10 +271,6 @@ class Hub(BaseHTTPRequestHandler):
             self.send_header("X-Linked-Size", str(state.get("size", len(weights))))
             self.send_header("X-Linked-Etag", f'"{state.get("sha256") or hashlib.sha256(weights).hexdigest()}"')
             return self.end_headers()
-        elif state.get("moved") and prefix == state["moved"]:  # a model that was renamed
-            self.send_response(307)
-            self.send_header("Location", f"{state['repo']}/{name}")
-            return self.end_headers()
         path = state["directory"] / name
         if prefix != state["repo"] or not path.exists():
             return self.send_error(404)
@@ -312,9 +308,6 @@ def test_download_once_with_token_and_revision(hub, monkeypatch):
     asked = len(hub["asked"])
     convert.load("owner/name")
     assert len(hub["asked"]) == asked
-    hub["moved"], hub["repo"] = "/old/name/resolve/main", "/new/name/resolve/main"
-    convert.load("old/name")
-    assert all(("Authorization" in headers) != path.startswith("/cdn") for path, headers in hub["asked"])
     hub["repo"] = "/owner/name/resolve/v2"
     convert.load("owner/name@v2")
     assert hub["asked"][-1][0] == "/cdn/model.safetensors" and len(hub["asked"]) > asked
@@ -398,7 +391,7 @@ def test_what_the_hub_refuses(hub, status, hint):
 def test_offline_says_so():
     with pytest.raises(InputError, match="cannot fetch .*config.json .*go online"):
         convert.load("owner/name")
-    with pytest.raises(InputError, match="no directory here and no name on the hub"):
+    with pytest.raises(InputError, match="no directory with a config.json here and no name on the hub"):
         convert.load("no/such/directory")
 
 
