@@ -66,17 +66,12 @@ class Config:
     base: dict | None = None  # the pretrained model's own config.json, for writing it back
 
     def __post_init__(self):
+        self.reasoning_layers = self.n_layer - self.encoder_layers - self.decoder_layers
         cut = f"encoder_layers={self.encoder_layers} and decoder_layers={self.decoder_layers}"
         if min(self.encoder_layers, self.decoder_layers) < 0 or self.reasoning_layers < 1:
             raise InputError(f"{cut} leave no reasoning block in {self.n_layer} layers: take fewer of them")
-        if self.n_head % self.n_kv_head:
-            raise InputError(f"n_head={self.n_head} is no multiple of n_kv_head={self.n_kv_head}: check config.json")
         if self.gate_start != "s4d" and not re.fullmatch(r"0?\.0*[1-9]\d*", self.gate_start):
             raise InputError(f"gate_start is {self.gate_start}: give a number between 0 and 1 (the first α), or s4d")
-
-    @property
-    def reasoning_layers(self):
-        return self.n_layer - self.encoder_layers - self.decoder_layers
 
 
 # ---- The pretrained transformer's own layer: GPT-2's or Llama's, by config
@@ -85,24 +80,27 @@ class Config:
 class Span(NamedTuple):
     """Where the T tokens of one call stand, what they see in a cache, and which of them still loop."""
 
-    position: torch.Tensor  # (1, T)
-    cos: torch.Tensor | None  # rotary table (1, T, 1, d/2) of the d rotated channels; None: learned positions
+    position: torch.Tensor  # (B or 1, T)
+    cos: torch.Tensor | None  # rotary table (B or 1, T, 1, d/2) of the d rotated channels; None: learned positions
     sin: torch.Tensor | None
-    mask: torch.Tensor | None = None  # (T, S): which positions of a cache each token sees
-    rows: torch.Tensor | None = None  # (B,): which texts of a cache these are; None: all
-    running: torch.Tensor | None = None  # (B, T): who writes keys and values in this pass; None: everyone
+    mask: torch.Tensor | None = None  # (B, 1, T, S): which positions of a cache each token sees
+    rows: torch.Tensor | None = None  # (B,): which texts of that cache these are
+    running: torch.Tensor | None = None  # (B, T) bool: who writes keys and values there in this pass
 
 
-def span(config, start, T, device, size=None):
-    """The Span of positions start … start+T−1 of all texts, everyone running, with a cache of `size` positions or none.
-    With Llama 3's rope_scaling, wavelengths beyond original / low_freq_factor are stretched by `factor`, those under
-    original / high_freq_factor are left, and between it goes smoothly. Raises InputError past the context."""
-    if start + T > config.block_size:
-        raise InputError(f"{start + T} tokens do not fit the model's context of {config.block_size}: shorten the text")
-    position = torch.arange(start, start + T, device=device)
-    mask = None if size is None else torch.arange(size, device=device) <= position[:, None]
+def span(config, start, T, device, size=None, rows=None):
+    """The Span of T tokens from position `start` on (a list, of all texts), without a cache, or with one of `size`
+    positions in which these are the texts `rows` (a list; None: all). Llama 3's rope_scaling stretches wavelengths over
+    original / low_freq_factor by `factor`, those under original / high_freq_factor not, and those between smoothly.
+    Raises InputError past the context."""
+    if (end := max(start) + T) > config.block_size:
+        raise InputError(f"{end} tokens do not fit the model's context of {config.block_size}: shorten the text")
+    position, cached = torch.tensor(start, device=device)[:, None] + torch.arange(T, device=device), ()
+    if size is not None:
+        mask = torch.arange(size, device=device) <= position[:, None, :, None]
+        cached = mask, torch.tensor(rows or range(len(start)), device=device), position >= 0  # all run
     if not config.rope_theta:
-        return Span(position[None], None, None, mask)
+        return Span(position, None, None, *cached)
     width = int(config.head_dim * config.partial_rotary)
     frequency = config.rope_theta ** -(torch.arange(0, width, 2, device=device).float() / width)
     if scaling := config.rope_scaling:
@@ -110,8 +108,8 @@ def span(config, start, T, device, size=None):
         low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
         kept = ((turns - low) / (high - low)).clamp(0, 1)
         frequency = frequency * (kept + (1 - kept) / scaling["factor"])
-    angle = torch.outer(position.float(), frequency)[None, :, None]
-    return Span(position[None], angle.cos(), angle.sin(), mask)
+    angle = (position.float()[..., None] * frequency)[:, :, None]
+    return Span(position, angle.cos(), angle.sin(), *cached)
 
 
 def rotate(x, cos, sin):
@@ -126,14 +124,17 @@ def make_norm(c):
 
 
 class Linear(nn.Linear):
-    """nn.Linear that for one token, compiled for a CPU, is a sum: this reads the matrix at the memory's speed, twice as
-    fast as torch's own product of a matrix and a vector."""
+    """nn.Linear that for few tokens, compiled for a CPU, is a sum: this reads the matrix at the memory's speed, for one
+    token twice as fast as torch's own product. For int8 matrices there is a scale per row."""
+
+    scale = None
 
     def forward(self, x):
-        if x.numel() > self.in_features or not torch.compiler.is_compiling() or x.is_cuda or x.requires_grad:
-            return super().forward(x)
-        y = (self.weight.float() * x.float().flatten()).sum(dim=-1)
-        return (y if self.bias is None else y + self.bias).type_as(x).view(*x.shape[:-1], -1)
+        if x.numel() > 4 * self.in_features or not torch.compiler.is_compiling() or x.is_cuda or x.requires_grad:
+            weight = self.weight if self.scale is None else (self.weight * self.scale[:, None]).type_as(x)
+            return F.linear(x, weight, self.bias)
+        y = (self.weight.float() * x.float()[..., None, :]).sum(dim=-1) * (1.0 if self.scale is None else self.scale)
+        return (y if self.bias is None else y + self.bias).type_as(x)
 
 
 class Block(nn.Module):
@@ -160,10 +161,9 @@ class Block(nn.Module):
         if at.cos is not None:
             q, k = rotate(q, at.cos, at.sin), rotate(k, at.cos, at.sin)
         if kv is not None:
-            rows = torch.arange(B, device=x.device) if at.rows is None else at.rows
-            here, new = (slice(None), rows[:, None], at.position), torch.stack((k, v))  # (2, B, T, m, hd)
-            kv[here] = new if at.running is None else torch.where(at.running[..., None, None], new, kv[here])
-            k, v = kv if at.rows is None else kv[:, rows]
+            here, new = (slice(None), at.rows[:, None], at.position), torch.stack((k, v))  # (2, B, T, m, hd)
+            kv[here] = torch.where(at.running[..., None, None], new, kv[here])
+            k, v = kv if B == kv.size(1) else kv[:, at.rows]
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
         y = F.scaled_dot_product_attention(q, k, v, at.mask, is_causal=kv is None and T > 1, enable_gqa=n != m)
         return self.out(y.transpose(1, 2).reshape(B, T, n * hd))
@@ -240,10 +240,9 @@ class Halt(NamedTuple):
 
 
 class LoopUS(nn.Module):
-    checkpointing = False  # in training, keep each block's input alone and run it again in backward
-
     def __init__(self, config):
         super().__init__()
+        self.checkpointing = False  # in training, keep each block's input alone and run it again in backward
         self.config = c = config
         self.wte = nn.Embedding.from_pretrained(torch.empty(c.vocab_size, c.n_embd), freeze=False)  # not drawn yet
         if not c.rope_theta:
@@ -269,7 +268,7 @@ class LoopUS(nn.Module):
         return [*self.encoder, *self.reasoning, *self.decoder]
 
     def run(self, blocks, h, at=None, cache=None):
-        at = at or span(self.config, 0, h.size(1), h.device)
+        at = at or span(self.config, [0], h.size(1), h.device)
         for i, block in enumerate(blocks):
             if self.checkpointing and torch.is_grad_enabled():
                 h = checkpoint(block, h, at, use_reentrant=False, preserve_rng_state=False)
@@ -283,7 +282,7 @@ class LoopUS(nn.Module):
 
     def encode(self, idx, at=None, cache=None):
         """E: tokens (B, T) → h⁰ (B, T, C). Without a Span, the tokens stand at 0 … T−1; `cache` as in `new_cache`."""
-        at = at or span(self.config, 0, idx.size(1), idx.device)
+        at = at or span(self.config, [0], idx.size(1), idx.device)
         return self.run(self.encoder, self.embed(idx, at), at, cache)
 
     def propose(self, h, at=None, cache=None):
@@ -323,8 +322,6 @@ class LoopUS(nn.Module):
             h = self.refine(h)
         return self.decode(h if loops else self.propose(h))
 
-    # ---- generation, §3.1 and App. E
-
     def new_cache(self, batch, size, loops, shared=False):
         """Room for `size` keys and values: a tensor (layers, 2, B, size, m, hd) each for "encoder" and "decoder", and a
         list of them, one per loop depth, for "reasoning"; shared: one for all, where tokens show their newest pass."""
@@ -334,62 +331,81 @@ class LoopUS(nn.Module):
         return {"encoder": new(c.encoder_layers, *shape), "reasoning": depths, "decoder": new(c.decoder_layers, *shape)}
 
     @torch.no_grad()
-    def advance(self, idx, start, cache, max_loops, halt):
-        """Run the tokens idx (B, T), which follow the `start` ones in the cache, until `halt` stops each or max_loops;
-        a pass runs on the texts that still loop. → logits of the last token (B, V), passes taken by each (B, T)."""
+    def advance(self, idx, start, cache, max_loops, halt, rows=None, last=1):
+        """Run tokens idx (B, T) of the texts `rows` (None: all), which follow the `start` (B ints) ones in the cache,
+        until `halt` stops each or max_loops; a pass runs on the texts that still loop. → logits of the `last` tokens
+        (B, last, V), passes taken by each token (B, T)."""
         depths, passes = cache["reasoning"], torch.zeros_like(idx)
-        at = span(self.config, start, idx.size(1), idx.device, depths[0].size(3))
-        here = (slice(None),) * 3 + (slice(start, start + idx.size(1)),)
-        running, doubt = torch.ones_like(idx, dtype=torch.bool), torch.zeros(idx.shape, device=idx.device)
+        at = span(self.config, start, idx.size(1), idx.device, depths[0].size(3), rows)
+        here = slice(None), slice(None), at.rows[:, None], at.position
+        running, doubt = at.running, torch.zeros(idx.shape, device=idx.device)
         h = self.encode(idx, at, cache["encoder"])
-        if max_loops == 0:
-            h = self.propose(h, at, depths[0])
+        h = h if max_loops else self.propose(h, at, depths[0])
         for b in range(max_loops):
             if b > 0:  # who has stopped shows at this depth what it showed at the last
                 depths[b][here] = depths[b - 1][here]
             some = running.any(dim=1).nonzero().flatten()  # texts
-            if len(some) == len(idx):
-                new = self.refine(h, at if running.all() else at._replace(running=running), depths[b])
-            elif len(some) > 0:
-                part = at._replace(rows=some, running=running[some])
+            if len(some) > 0:
+                part = Span(*(x if x is None else x[some] for x in at._replace(running=running)))
                 new = h.index_copy(0, some, self.refine(h[some], part, depths[b]))
-            else:
-                continue
-            before, h = h, torch.where(running[..., None], new, h)
-            passes += running
-            running = running & ~halt.stops(self, b + 1, before, h, doubt)
-        return self.decode(h, at, cache["decoder"])[:, -1], passes
+                before, h = h, torch.where(running[..., None], new, h)
+                passes += running
+                running = running & ~halt.stops(self, b + 1, before, h, doubt)
+        return self.lm_head(self.norm(self.run(self.decoder, h, at, cache["decoder"])[:, -last:])), passes
 
     @torch.no_grad()
     def stream(
         self, idx, max_new_tokens, max_loops=8, threshold=0.6, temperature=1.0, top_k=None, generator=None, top_p=None,
-        halt="threshold", epsilon=1.0, min_loops=1, shared=False,
+        halt="threshold", epsilon=1.0, min_loops=1, shared=False, end=None, draft=0,
     ):  # fmt: skip
-        """`generate`, one token at a time: yields (token (B, 1), passes it took (B,)). When the context is full, its
-        newest half is run again at positions 0 …, and generation goes on from there."""
-        if idx.size(1) == 0:
-            raise InputError("the prompt is empty: give at least one token")
-        halt, new, start = Halt(halt, threshold, epsilon, min_loops), idx, 0
-        size = min(self.config.block_size, -(-(idx.size(1) + max_new_tokens) // 128) * 128)  # few sizes to compile for
-        cache = self.new_cache(idx.size(0), size, max_loops, shared)
+        """`generate`, a token at a time: yields for each text (token, passes it took). When the context is full, the
+        newest half of a text is run again at positions 0 …, and it goes on from there."""
+        texts = idx.tolist() if torch.is_tensor(idx) else [*map(list, idx)]
+        if not texts or not all(texts):
+            raise InputError("a prompt is empty: give at least one token")
+        halt, device = Halt(halt, threshold, epsilon, min_loops), self.wte.weight.device
+        most = max(map(len, texts)) + max_new_tokens
+        size = min(self.config.block_size, -(-most // 128) * 128)  # few sizes to compile for
+        cache = self.new_cache(len(texts), size, max_loops, shared)
+        # of each text: how many tokens the cache has, which are found and not yet given; and the texts not at their end
+        start, found, going = [0] * len(texts), [[] for _ in texts], [*range(len(texts))]
         for _ in range(max_new_tokens):
-            if start + new.size(1) > size and start > 0:
-                new, start = idx[:, -max(1, size // 2) :], 0
-            with torch.compiler.set_stance("default" if new.size(1) == 1 else "force_eager"):  # prompts: not compiled
-                logits, passes = self.advance(new, start, cache, max_loops, halt)
-            start += new.size(1)
-            new = sample(logits, temperature, top_k, generator, top_p)
-            idx = torch.cat((idx, new), dim=1)
-            yield new, passes[:, -1]
+            alike = {}  # texts by how many of their tokens are to be run
+            for i in (i for i in going if not found[i]):
+                if len(texts[i]) > size and start[i] > 0:
+                    texts[i], start[i] = texts[i][-max(1, size // 2) :], 0
+                alike.setdefault(len(texts[i]) - start[i], []).append(i)
+            for length, rows in alike.items():
+                new = torch.tensor([texts[i][start[i] :] for i in rows], device=device)
+                begin = [start[i] for i in rows]
+                ahead = min(draft, size - 1 - max(begin)) if length == 1 else 0
+                with torch.compiler.set_stance("default" if length == 1 else "force_eager"):  # prompts: not compiled
+                    for k in range(ahead):  # guess by one pass each
+                        guess, _ = self.advance(new[:, -1:], [n + k for n in begin], cache, 1, halt, rows)
+                        new = torch.cat((new, guess.argmax(dim=-1)), dim=1)
+                    logits, passes = self.advance(new, begin, cache, max_loops, halt, rows, 1 + ahead)
+                drawn = sample(logits.flatten(0, 1), temperature, top_k, generator, top_p).view(len(rows), -1).tolist()
+                for i, tokens, guesses, taken in zip(rows, drawn, new[:, length:].tolist(), passes.tolist()):
+                    right = next((k for k, guess in enumerate(guesses) if tokens[k] != guess), ahead)
+                    found[i] = [*zip(tokens[: right + 1], taken[-1 - ahead :])]
+                    texts[i] += tokens[: right + 1]
+                    start[i] = len(texts[i]) - 1
+            step = [found[i].pop(0) if i in going else (end, 0) for i in range(len(texts))]
+            yield step
+            going = [i for i in going if step[i][0] != end]
 
     def generate(self, idx, max_new_tokens, *args, **kwargs):
-        """Continue idx (B, T) by max_new_tokens tokens of at most max_loops=8 passes each; a token stops at the first
-        pass with q ≥ threshold=0.6 (above 1: never), or by the rule halt=, with epsilon= and min_loops=, of `Halt`.
-        temperature=1 (0: greedy), top_k=, generator=, top_p=: see `sample`; max_loops=0: the pretrained model; shared=:
-        of `new_cache`. → tokens (B, T + max_new_tokens), passes (B, max_new_tokens). InputError: idx is unfit."""
-        steps = [*self.stream(idx, max_new_tokens, *args, **kwargs)]
-        passes = [idx[:, :0], *(depth[:, None] for _, depth in steps)]
-        return torch.cat((idx, *(token for token, _ in steps)), dim=1), torch.cat(passes, dim=1)
+        """Continue idx (B, T), or B lists of tokens, by max_new_tokens tokens of at most max_loops=8 passes each. A
+        token stops at the first pass with q ≥ threshold=0.6 (above 1: never), or by the rule halt= of `Halt`, with
+        epsilon= and min_loops=. temperature=1 (0: greedy), top_k=, generator=, top_p= as in `sample`; max_loops=0: the
+        pretrained model; shared= as in `new_cache`; end= ends a text, and fills it from there; draft=: one pass guesses
+        so many tokens, all passes check them at once, and what is right stays: the same greedy text in other steps.
+        → tokens (B, T + max_new_tokens) or B lists, passes (B, max_new_tokens). InputError: idx is unfit."""
+        steps = torch.tensor([*self.stream(idx, max_new_tokens, *args, **kwargs)]).long().view(-1, len(idx), 2)
+        new, passes = steps.permute(2, 1, 0).to(self.wte.weight.device)
+        if torch.is_tensor(idx):
+            return torch.cat((idx, new), dim=1), passes
+        return [[*text, *more] for text, more in zip(idx, new.tolist())], passes
 
 
 def sample(logits, temperature, top_k, generator, top_p=None):
@@ -414,7 +430,7 @@ def early_exit(model, idx, max_loops, halt, together=False):
     h = model.encode(idx)
     if max_loops == 0:
         return model.propose(h), torch.zeros_like(idx)
-    at = span(model.config, 0, idx.size(1), idx.device, idx.size(1))
+    at = span(model.config, [0] * len(idx), idx.size(1), idx.device, idx.size(1))
     shown = model.new_cache(*idx.shape, 1)["reasoning"][0]  # keys and values of each token's newest pass
     running, passes = torch.ones_like(idx, dtype=torch.bool), torch.zeros_like(idx)
     doubt = torch.zeros(idx.shape, device=idx.device)

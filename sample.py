@@ -30,6 +30,7 @@ class Settings(convert.Inference):
     top_k: int = flag(50, "draw among this many likeliest tokens", 1)
     top_p: float = flag(1.0, "of these, among the fewest likeliest that reach this probability", 0)
     seed: int = flag(2026, "of the random draws")
+    draft: int = flag(0, "tokens that one pass guesses for all passes to check at once; 0: none", 0)
     shared: bool = flag(False, "one cache for all depths: less memory, a little worse")
     compile: bool = flag(False, "compile the step of a token: on a CPU some seconds, then twice as fast")
     trace: bool = flag(False, "show the next token's candidates after each pass instead of writing")
@@ -44,18 +45,18 @@ def tint(text, passes, max_loops):
 
 def write(model, tokenizer, prompt, ids, s):
     """Stream the continuation of a prompt to standard output, and one line about it to standard error."""
-    names = "max_loops threshold temperature top_k top_p halt epsilon min_loops shared".split()
+    names = "max_loops threshold temperature top_k top_p halt epsilon min_loops shared draft".split()
     given = {name: getattr(s, name) for name in names} | dict(generator=torch.Generator(ids.device).manual_seed(s.seed))
     utf8, depths, begun = codecs.getincrementaldecoder("utf-8")("replace"), [], time.time()
     if sys.stdout.isatty() and s.max_loops > 0:
         print("passes: " + " ".join(tint(str(b), b, s.max_loops) for b in range(1, s.max_loops + 1)) + "\n")
     print(prompt, end="", flush=True)
     try:
-        for token, passes in model.stream(ids, s.max_new_tokens, **given):
-            if token.item() == tokenizer.end_of_text:
+        for [(token, passes)] in model.stream(ids, s.max_new_tokens, **given):
+            if token == tokenizer.end_of_text:
                 break
-            depths.append(passes.item())
-            piece = utf8.decode(tokenizer.decode_bytes([token.item()]))  # a character can span tokens
+            depths.append(passes)
+            piece = utf8.decode(tokenizer.decode_bytes([token]))  # a character can span tokens
             print(tint(piece, depths[-1], s.max_loops), end="", flush=True)
     except KeyboardInterrupt:
         pass
@@ -93,7 +94,7 @@ def main():
     device, dtype = convert.pick_device(s.device, s.dtype)
     model, tokenizer = convert.load(s.init, device, dtype)
     for part in [*model.layers(), model.lm_head] if s.compile else ():
-        part.compile()
+        part.compile(dynamic=True)
     if tokenizer is None:
         raise InputError(f"{s.init or 'it'} has no tokenizer.json: text cannot be read or written without one")
 

@@ -60,6 +60,8 @@ def test_train_eval_sample(command, checkpoint, tmp_path):
     assert "\x1b" not in text  # no colours where nobody looks
     assert command(sample, *arguments)[1] == text
     assert command(sample, *arguments[:-1], "--seed=5")[1] != text
+    greedy = [*arguments, "--temperature=0", "--dtype=int8"]
+    assert command(sample, *greedy, "--draft=3")[1] == command(sample, *greedy)[1]
     code, text, _ = command(sample, "--prompt=def ", "--trace", "--max_loops=3")
     rows = text.splitlines()
     assert code == 0 and len(rows) == 5 and rows[1].startswith("base") and rows[4].split()[0] == "3"
@@ -113,6 +115,9 @@ def test_speed_of_writing_and_training(command, checkpoint):
     rows = [line.split() for line in out.splitlines()[2:6]]
     assert code == 0 and [row[0] for row in rows] == ["1", "2", "4", "8"], err
     assert all(float(x) > 0 for row in rows for x in row[1:4])
+    more = [f"--data={checkpoint[1]}", "--draft=2", "--dtype=int8", "--threshold=2"]
+    code, out, err = command(evaluation, "--task=speed", model, "--tokens=8", *more, *cuts)
+    assert code == 0 and "8.00 passes on average" in out and "the same text" in out, err
     code, out, err = command(evaluation, "--task=speed", model, "--train", "--way=bf16", "--context=32", *cuts)
     seconds, tokens, tflop = map(float, out.split()[1:4])
     assert code == 0 and abs(tokens - 64 / seconds) < 0.5 * tokens and tflop >= 0, err
@@ -139,7 +144,7 @@ def test_profile_and_conversion(command, checkpoint, tmp_path):
     code, out, _ = command(convert, directory, "--profile", "--encoder_layers=1", "--decoder_layers=1")
     assert code == 0 and out.count("layer ") == 5 and "by the rule" in out and out.count("cut ") == 5
     code, out, _ = command(convert, directory, tmp_path / "looped", "--encoder_layers=2", "--decoder_layers=1")
-    assert code == 0 and "2 encoder, 2 looped, 1 decoder layers" in out
+    assert code == 0 and "2 encoder, 2 loop, 1 decoder layers" in out
     model, _ = convert.load(tmp_path / "looped")
     assert model.config.encoder_layers == 2 and model.config.decoder_layers == 1
 
@@ -188,7 +193,10 @@ def test_bad_input_is_one_line(command, checkpoint, tmp_path):
     wrong(command(evaluation, init), "give --data")
     wrong(command(sample, init, "--prompt=" + "x" * 65), "65 tokens", "context of 64")
     wrong(command(sample, init, "--prompt=x", "--temperature=-1"), "--temperature=-1.0 is too small", code=2)
-    wrong(command(evaluation, f"--init={tmp_path / 'nothing'}"), "is no directory here and no name on the hub")
+    wrong(
+        command(evaluation, f"--init={tmp_path / 'nothing'}"),
+        "is no directory with a config.json here and no name on the hub",
+    )
     wrong(command(convert, directory), "SRC OUT")
     assert not (tmp_path / "run").exists()
 

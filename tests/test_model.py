@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 
 import convert
 import loopus
-from loopus import Config, Halt, InputError, early_exit, span
+from loopus import Halt, InputError, early_exit, span
 
 
 @pytest.mark.parametrize("family", ["gpt2", "llama", "llama_tied", "llama3_rope", "qwen3", "phi3"])
@@ -110,9 +110,11 @@ def test_cached_steps_give_uncached_logits(model, loops):
     cache, start = model.new_cache(2, 24, loops), 0
     with torch.no_grad():
         for T in (7, 1, 1, 5, 1, 9):  # a prompt, single tokens, and chunks
-            logits, passes = model.advance(idx[:, start : start + T], start, cache, loops, Halt(threshold=2))
+            logits, passes = model.advance(
+                idx[:, start : start + T], [start] * 2, cache, loops, Halt(threshold=2), last=T
+            )
+            torch.testing.assert_close(logits, expected[:, start : start + T], atol=1e-4, rtol=1e-4)
             start += T
-            torch.testing.assert_close(logits, expected[:, start - 1], atol=1e-4, rtol=1e-4)
             assert (passes == loops).all()
 
 
@@ -135,9 +137,9 @@ def cached(model, idx, loops, halt, chance):
     start, logits, passes = 0, [], []
     while start < idx.size(1):
         T = chance.choice([1, 1, 1, 2, 5, 9])
-        last, taken = model.advance(idx[:, start : start + T], start, cache, loops, halt)
+        last, taken = model.advance(idx[:, start : start + T], [start] * len(idx), cache, loops, halt)
         start += T
-        logits.append((min(start, idx.size(1)) - 1, last))
+        logits.append((min(start, idx.size(1)) - 1, last[:, 0]))
         passes.append(taken)
     return logits, torch.cat(passes, dim=1)
 
@@ -212,20 +214,61 @@ def test_compiled_steps_are_the_definition_and_compile_once(shape, more):
     h, passes = early_exit(model, idx, 6, halt)
     expected, eager = model.decode(h), model.generate(idx[:, :9], 30, 6, 0.52, temperature=0)
     for block in model.layers():
-        block.compile()
+        block.compile(dynamic=True)
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
     cache = model.new_cache(1, 64, 6)
     with torch.compiler.set_stance("force_eager"):
-        model.advance(idx[:, :9], 0, cache, 6, halt)
+        model.advance(idx[:, :9], [0], cache, 6, halt)
     for t in range(9, 40):
-        logits, taken = model.advance(idx[:, t : t + 1], t, cache, 6, halt)
-        torch.testing.assert_close(logits, expected[:, t], atol=1e-4, rtol=1e-4)
+        logits, taken = model.advance(idx[:, t : t + 1], [t], cache, 6, halt)
+        torch.testing.assert_close(logits[:, 0], expected[:, t], atol=1e-4, rtol=1e-4)
         assert torch.equal(taken[:, 0], passes[:, t])
     frames = torch._dynamo.utils.counters["stats"]["unique_graphs"]
     assert 1 <= frames <= 2  # one step serves all layers, depths and positions
     compiled = model.generate(idx[:, :9], 30, 6, 0.52, temperature=0)
     assert torch.equal(compiled[0], eager[0]) and torch.equal(compiled[1], eager[1])
+    for length, draft in ((3, 0), (9, 3), (17, 3), (21, 2), (40, 2)):
+        drafted = model.generate(idx[:, :length], 20, 6, 0.52, temperature=0, draft=draft)
+        with torch.compiler.set_stance("force_eager"):
+            eager = model.generate(idx[:, :length], 20, 6, 0.52, temperature=0)
+        assert torch.equal(drafted[0], eager[0]) and torch.equal(drafted[1], eager[1])
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] <= 6  # one token, a few, too many for sums
+
+
+@torch.no_grad()
+def test_int8_matrices_compiled_and_not(tmp_path):
+    exact, _ = convert.load(GOLDEN / "llama")
+    model, tokenizer = convert.load(GOLDEN / "llama", dtype=torch.int8)
+    assert model.encoder[0].up.weight.dtype == model.lm_head.weight.dtype == torch.int8
+    assert model.wte.weight.dtype == model.norm.weight.dtype == torch.float32
+    layer, matrix = model.reasoning[0].down, exact.reasoning[0].down.weight
+    difference = layer.weight * layer.scale[:, None] - matrix
+    assert (difference.abs() <= matrix.abs().amax(dim=1, keepdim=True) / 254 + 1e-7).all()  # half a step of 127
+    idx = torch.arange(20)[None]
+    wanted, got = exact(idx, 2), model(idx, 2)
+    assert 0 < (got - wanted).norm() / wanted.norm() < 0.05
+    cache = model.new_cache(1, 32, 2)
+    for part in [*model.layers(), model.lm_head]:
+        part.compile(dynamic=True)
+    with torch.compiler.set_stance("force_eager"):
+        model.advance(idx[:, :9], [0], cache, 2, Halt(threshold=2))
+    for t in range(9, 20):
+        logits, _ = model.advance(idx[:, t : t + 1], [t], cache, 2, Halt(threshold=2))
+        torch.testing.assert_close(logits[:, 0], got[:, t], atol=1e-4, rtol=1e-4)
+    with pytest.raises(InputError, match="not as int8, can be written"):
+        convert.save(model, tokenizer, tmp_path / "out")
+
+
+@torch.no_grad()
+def test_what_one_pass_guesses_is_checked_by_all_at_once(model):
+    """With so many passes that agree with one, most guesses stay, and the deep passes are run far fewer times."""
+    torch.nn.init.constant_(model.gate.up.bias, 20.0)  # α near 0: every pass changes next to nothing
+    idx, calls = torch.randint(0, 257, (1, 9)), []
+    expected = model.generate(idx, 24, 6, 2, temperature=0)[0]
+    model.gate.register_forward_hook(lambda gate, inputs, output: calls.append(output.size(1)))
+    assert torch.equal(model.generate(idx, 24, 6, 2, temperature=0, draft=5)[0], expected)
+    assert calls.count(6) == 6 * 4 and calls.count(1) <= 6 * 4 + 5  # 1 + 5 tokens at a time, the last few alone
 
 
 @torch.no_grad()
@@ -235,7 +278,7 @@ def test_a_pass_runs_on_the_texts_that_still_loop(model):
     _, passes = early_exit(model, idx, 6, halt)
     model.reasoning[0].register_forward_hook(lambda block, inputs, output: rows.append(len(inputs[0])))
     cache = model.new_cache(6, 12, 6)
-    taken = torch.cat([model.advance(idx[:, t : t + 1], t, cache, 6, halt)[1] for t in range(12)], dim=1)
+    taken = torch.cat([model.advance(idx[:, t : t + 1], [t] * 6, cache, 6, halt)[1] for t in range(12)], dim=1)
     assert torch.equal(taken, passes) and sum(rows) == passes.sum() < 6 * 12 * 6
 
 
@@ -330,8 +373,8 @@ def test_what_does_not_fit_is_refused(model):
 
 
 def test_rotary_table_turns_by_position():
-    c = Config(**vars(random_model().config))
-    at = span(c, 3, 2, "cpu")
+    c = random_model().config
+    at = span(c, [3], 2, "cpu")
     x = torch.randn(1, 2, 1, 8)
     turned = loopus.rotate(x, at.cos, at.sin)
     for t in range(2):
@@ -347,14 +390,39 @@ def test_a_cache_shared_by_all_depths(model):
     idx = torch.randint(0, 257, (2, 6))
     shared, never = model.new_cache(2, 6, 3, shared=True), Halt(threshold=2)
     assert len({depth.data_ptr() for depth in shared["reasoning"]}) == 1 and len(shared["reasoning"]) == 3
-    last, _ = model.advance(idx[:, :5], 0, shared, 3, never)
-    torch.testing.assert_close(last, model(idx[:, :5], 3)[:, -1])  # these go through the depths together
+    last, _ = model.advance(idx[:, :5], [0, 0], shared, 3, never)
+    torch.testing.assert_close(last[:, 0], model(idx[:, :5], 3)[:, -1])  # these go through the depths together
     exact = model.new_cache(2, 6, 3)
-    model.advance(idx[:, :5], 0, exact, 3, never)
+    model.advance(idx[:, :5], [0, 0], exact, 3, never)
     assert torch.equal(shared["reasoning"][0], exact["reasoning"][2])
     exact["reasoning"] = [exact["reasoning"][2].clone() for _ in range(3)]
-    got, expected = (model.advance(idx[:, 5:], 5, cache, 3, never)[0] for cache in (shared, exact))
+    got, expected = (model.advance(idx[:, 5:], [5, 5], cache, 3, never)[0][:, 0] for cache in (shared, exact))
     torch.testing.assert_close(got, expected)
     assert (got - model(idx, 3)[:, -1]).abs().max() > 1e-3  # another model
     tokens, passes = model.generate(idx, 4, 1, temperature=0, shared=True)
     assert torch.equal(tokens, model.generate(idx, 4, 1, temperature=0)[0])
+
+
+@pytest.mark.parametrize("seed", range(40))
+@torch.no_grad()
+def test_texts_of_any_lengths_write_together_what_each_writes_alone(seed):
+    """Random models, prompts, rules, caches, ends and windows; and drafting changes the steps, not the text."""
+    chance = random.Random(seed)
+    model = random_model(chance.choice(["gpt2", "llama"]), seed, block_size=chance.choice([24, 64]))
+    halt, loops, new = some_halt(chance, model), chance.choice([0, 1, 4, 6]), chance.choice([8, 30])
+    prompts = [[chance.randrange(257) for _ in range(chance.choice([1, 3, 3, 17, 24]))] for _ in range(4)]
+    more = halt._asdict() | dict(max_loops=loops, temperature=0, shared=chance.random() < 0.2)
+    more["halt"] = more.pop("rule")
+    together, passes = model.generate(prompts, new, **more)
+    end = together[chance.randrange(4)][-1 - chance.randrange(new)]
+    ended, depths = model.generate(prompts, new, end=end, **more)
+    for i, prompt in enumerate(prompts):
+        alone, depth = model.generate(torch.tensor([prompt]), new, **more)
+        assert alone[0].tolist() == together[i] and torch.equal(depth[0], passes[i])
+        written = together[i][len(prompt) :]
+        stop = written.index(end) + 1 if end in written else new
+        assert ended[i][len(prompt) :][:stop] == written[:stop] and torch.equal(depths[i][:stop], passes[i][:stop])
+        assert set(ended[i][len(prompt) + stop :]) <= {end} and (depths[i][stop:] == 0).all()
+    if not more["shared"]:  # there a token's neighbours show what they show when it is run
+        drafted, taken = model.generate(prompts, new, draft=chance.choice([1, 3, 5]), **more)
+        assert drafted == together and torch.equal(taken, passes)
