@@ -332,9 +332,9 @@ class LoopUS(nn.Module):
 
     @torch.no_grad()
     def advance(self, idx, start, cache, max_loops, halt, rows=None, last=1):
-        """Run tokens idx (B, T) of the texts `rows` (None: all), which follow the `start` (B ints) ones in the cache,
-        until `halt` stops each or max_loops; a pass runs on the texts that still loop. → logits of the `last` tokens
-        (B, last, V), passes taken by each token (B, T)."""
+        """Run tokens idx (B, T) of the texts `rows` (ascending; None: all), which follow the `start` (B ints) ones in
+        the cache, until `halt` stops each or max_loops; a pass runs on the texts that still loop.
+        → logits of the `last` tokens (B, last, V), passes taken by each token (B, T)."""
         depths, passes = cache["reasoning"], torch.zeros_like(idx)
         at = span(self.config, start, idx.size(1), idx.device, depths[0].size(3), rows)
         here = slice(None), slice(None), at.rows[:, None], at.position
