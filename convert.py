@@ -322,10 +322,10 @@ class Redirects(urllib.request.HTTPRedirectHandler):
 
 
 def fetch(url, name, directory, optional=False):
-    """Download url + name, or its rest; check size and SHA-256 as the hub states them. → False: optional, not there."""
+    """Download url + name, or its rest, unless optional and not there; check size and SHA-256 as stated by the hub."""
     target, part, redirects = directory / name, directory / f"{name}.part", Redirects()
     if target.exists():
-        return True
+        return
     have = part.stat().st_size if part.exists() else 0
     request = urllib.request.Request(url + name, headers={"Range": f"bytes={have}-"} if have else {})
     if token := os.environ.get("HF_TOKEN"):
@@ -341,7 +341,7 @@ def fetch(url, name, directory, optional=False):
                     progress(f"fetching {name}", have, size)
     except urllib.error.HTTPError as e:
         if e.code == 404 and optional:
-            return False
+            return
         if e.code == 416:  # there is no rest to send: what lies here is not the beginning of that file
             part.unlink()
         hints = {401: "set HF_TOKEN", 403: "set HF_TOKEN", 404: "check the name, and that it has safetensors"}
@@ -357,7 +357,6 @@ def fetch(url, name, directory, optional=False):
         part.unlink()
         raise InputError(f"{url}{name} is not what the hub states ({size} bytes, SHA-256 {sha256}): run it again")
     part.replace(target)
-    return True
 
 
 # ---- Tokenizers
@@ -410,7 +409,7 @@ class Tokenizer:
         ranks = {data: rank for rank, data in enumerate(ids_of)}
         self.encoding = tiktoken.Encoding("loopus", pat_str=split, mergeable_ranks=ranks, special_tokens={})
         # where a long text may be cut, since no token reaches across
-        self.border = re.compile({WORDS: r"(?<=[^ ])(?= )", WHOLE: r"(?!)"}.get(split, r"(?<=\S\n)(?=\w)"))
+        self.pieces = re.compile(r"(?s).+" if self.prefix else r"(?s).{1048576}.*?\S\n(?=\w)|.+")
         added = sorted(spec.get("added_tokens") or [], key=lambda t: -len(t["content"]))
         self.added = {t["content"]: t["id"] for t in added}
         found = [r"\s*" * t["lstrip"] + re.escape(t["content"]) + r"\s*" * t["rstrip"] for t in added]
@@ -428,8 +427,8 @@ class Tokenizer:
         ends = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<|im_end|>")
         self.end_of_text = next((self.added[name] for name in ends if name in self.added), None)
 
-    def encode(self, text, goes_on=False):
-        """Text → ids; ids stay as they are. goes_on: it is the rest of a text that was cut at a `border`."""
+    def encode(self, text):
+        """Text → ids; ids stay as they are."""
         if not isinstance(text, str):
             return text
         ids = []
@@ -441,7 +440,7 @@ class Tokenizer:
             if self.prefix and part:
                 part = part.replace(SPACE, " ")
                 spaced = self.prefix == "never" or part[0] == " " and self.prefix != "each"
-                if not spaced and (i > 0 and self.prefix != "first" or i == 0 and not goes_on):
+                if not spaced and (i == 0 or self.prefix != "first"):
                     part = " " + part
             ids += [i for rank in self.encoding.encode_ordinary(part) for i in self.ids[rank]]
         return ids
@@ -500,9 +499,10 @@ def load_tokenizer(src):
 
 
 def rows(tokens, starts, context):
-    """Inputs and next tokens, (n, context) each, of the windows of `tokens` that begin at `starts`."""
+    """Inputs and next tokens as targets, (n, context) each, of the windows of `tokens` that begin at `starts`. A token
+    i that is to be read and not learned stands in `tokens` as ~i; as a target it is −100."""
     ids = torch.from_numpy(np.stack([tokens[i : i + context + 1] for i in starts]).astype(np.int64))
-    return ids[:, :-1], ids[:, 1:]
+    return ids.where(ids >= 0, ~ids)[:, :-1], ids.masked_fill(ids < 0, -100)[:, 1:]
 
 
 def find_files(data):
@@ -518,73 +518,73 @@ def find_files(data):
 def load_data(data, val, tokenizer):
     """→ (training, held-out tokens). Without `val` every 20th file is held out, of a single one the last 20th."""
     files = find_files(data)
-    if val:
-        return load_tokens(files, tokenizer), load_tokens(find_files(val), tokenizer)
-    if len(files) >= 20:
-        return load_tokens(sorted(set(files) - set(files[::20])), tokenizer), load_tokens(files[::20], tokenizer)
-    tokens = load_tokens(files, tokenizer)
+    held_out = find_files(val) if val else files[::20] if len(files) >= 20 else []
+    tokens = load_tokens([f for f in files if val or f not in held_out], tokenizer)
+    if held_out:
+        return tokens, load_tokens(held_out, tokenizer)
     return np.split(tokens, [len(tokens) - len(tokens) // 20])
 
 
 def load_tokens(files, tokenizer):
-    """Text, .jsonl or .bin files → one memory-mapped array of token ids. Texts are tokenised once, on all
-    cores, and kept in the cache as uint16 or, for large vocabularies, uint32. Raises InputError for anything else."""
+    """Text, .jsonl, .parquet or .bin files → one memory-mapped array of tokens, as `rows` reads it. Texts are tokenised
+    once, on all cores, and kept in the cache. Raises InputError for anything else."""
     if tokenizer is None:
         raise InputError("the model has no tokenizer.json: text cannot be read or written without one")
-    dtype = np.uint16 if tokenizer.n_vocab <= 1 << 16 else np.uint32
     if [f.suffix for f in files] == [".bin"]:
-        return map_tokens(files[0], dtype, tokenizer)
+        return map_tokens(files[0], tokenizer)
     stamp = hashlib.sha256(json.dumps(tokenizer.spec, sort_keys=True).encode())
     for f in files:
         stamp.update(f"{f.resolve()} {f.stat().st_size} {f.stat().st_mtime_ns}\n".encode())
-    path = cache_dir() / f"{stamp.hexdigest()[:32]}.bin"
+    path = cache_dir() / f"{stamp.hexdigest()[:32]}.int32"
     if not path.exists():
         total, done, part = sum(f.stat().st_size for f in files), 0, path.with_suffix(f".{os.getpid()}")
-        work = (passage for f in files for passage in passages(f, dtype, tokenizer))
+        work = (passage for f in files for passage in passages(f, tokenizer))
         try:
             with open(part, "wb") as out, ThreadPoolExecutor() as pool:
                 while some := list(islice(work, 64)):
-                    for (text, _), ids in zip(some, pool.map(lambda passage: tokenizer.encode(*passage), some)):
-                        np.array(ids, dtype=dtype).tofile(out)
+                    for text, ids in zip(some, pool.map(tokenizer.encode, some)):
+                        np.array(ids, dtype=np.int32).tofile(out)
                         done += len(text.encode() if isinstance(text, str) else text)
                     progress("tokenising", done, total)
             part.replace(path)
         finally:
             part.unlink(missing_ok=True)
-    return np.memmap(path, dtype=dtype, mode="r")
+    return np.memmap(path, dtype=np.int32, mode="r")
 
 
-def passages(path, dtype, tokenizer, size=1 << 20):
-    """A file as (text of about `size` characters or ids, do they go on with those before), each document closed by
-    end-of-text; a .jsonl has one per line, its "text"."""
-    if path.suffix == ".bin":
-        yield map_tokens(path, dtype, tokenizer), False
-        return
+def passages(path, tokenizer):
+    """The texts of a file in pieces, or ids: the "text" of each line of .jsonl or row of .parquet, or all of it."""
+    end = [] if tokenizer.end_of_text is None else [tokenizer.end_of_text]
     try:
-        texts = (json.loads(line)["text"] for line in path.open(encoding="utf-8"))
-        for text in texts if path.suffix == ".jsonl" else [path.read_text(encoding="utf-8")]:
-            yield tokenizer.begin, False
-            start = 0
-            while start < len(text):
-                border = tokenizer.border.search(text, start + size)
-                stop = border.start() if border else len(text)
-                yield text[start:stop], start > 0
-                start = stop
-            yield [] if tokenizer.end_of_text is None else [tokenizer.end_of_text], True
-    except UnicodeDecodeError as e:
-        raise InputError(f"{path} is not UTF-8 text (byte {e.start}): give text, or tokens as .bin") from None
-    except (ValueError, KeyError, TypeError) as e:
-        raise InputError(f'{path}: expected an object with "text" in each line ({e!r})') from None
+        if path.suffix == ".bin":
+            yield map_tokens(path, tokenizer)
+            return
+        if path.suffix == ".parquet":
+            from pyarrow.parquet import ParquetFile
+
+            batches = ParquetFile(path).iter_batches(columns=["text"])
+            texts = (text for batch in batches for text in batch.column(0).to_pylist())
+        elif path.suffix == ".jsonl":
+            texts = (json.loads(line)["text"] for line in path.open(encoding="utf-8"))
+        else:
+            texts = [path.read_text(encoding="utf-8")]
+        for text in texts:
+            yield from (tokenizer.begin, *tokenizer.pieces.findall(text), end)
+    except ImportError:
+        raise InputError(f"{path}: reading parquet needs pyarrow: pip install pyarrow") from None
+    except (ValueError, LookupError, TypeError) as e:
+        raise InputError(f'{path} is not UTF-8 text, or lines or rows with a "text" ({e!s:.80})') from None
 
 
-def map_tokens(path, dtype, tokenizer):
-    """Map a .bin file of uint16 or uint32 ids, and make sure that they are this tokenizer's."""
+def map_tokens(path, tokenizer):
+    """Map a .bin file of uint16 ids or of int32, as `rows` reads it, and make sure that they are this tokenizer's."""
     head = np.fromfile(path, dtype=np.uint16, count=4096)
-    dtype = np.uint32 if len(head) > 1 and not head[1::2].any() else dtype  # small ids as uint32: half are zeros
+    wide = len(head) > 1 and np.isin(head[1::2], (0, 0xFFFF)).all()  # the upper halves of int32
+    dtype = np.int32 if wide or tokenizer.n_vocab > 1 << 16 else np.uint16
     if path.stat().st_size % dtype().itemsize:
         raise InputError(f"{path} has {path.stat().st_size} bytes: expected whole {dtype.__name__} tokens")
     tokens = np.memmap(path, dtype, mode="r")
-    if (largest := int(tokens.max())) >= tokenizer.n_vocab:
+    if (largest := max(int(tokens.max()), ~int(tokens.min()))) >= tokenizer.n_vocab:
         raise InputError(f"{path} holds token {largest}, the tokenizer has {tokenizer.n_vocab}: for another model?")
     return tokens
 
@@ -595,8 +595,8 @@ def map_tokens(path, dtype, tokenizer):
 def sample_text(model, tokenizer):
     """Tokens (1, T) to look at a model with: this project's own words or, without a tokenizer, any numbers."""
     ids = tokenizer.encode(sys.modules[LoopUS.__module__].__doc__) if tokenizer else [i * 7919 for i in range(256)]
-    length = min(256, model.config.block_size)
-    return torch.tensor([ids[:length]], device=model.wte.weight.device) % model.config.vocab_size
+    ids = torch.tensor([ids[: min(256, model.config.block_size)]], device=model.wte.weight.device)
+    return ids % model.config.vocab_size
 
 
 @torch.no_grad()
@@ -752,9 +752,7 @@ def main():
     model, tokenizer = load(s.src, "cpu", None, encoder_layers=s.encoder_layers, decoder_layers=s.decoder_layers)
     if s.out:
         save(model, tokenizer, s.out, s.format)
-        print(
-            f"{s.out}: {len(model.encoder)} encoder, {len(model.reasoning)} loop, {len(model.decoder)} decoder layers"
-        )
+        print(f"{s.out}: {' + '.join(str(len(x)) for x in (model.encoder, model.reasoning, model.decoder))} layers")
     if s.profile:
         show_profile(model, tokenizer)
 

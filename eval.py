@@ -38,7 +38,7 @@ def windows(tokens, context, limit):
     """At most `limit` tokens as evenly spread, non-overlapping sequences: inputs and next tokens, (n, context) each."""
     count = (len(tokens) - 1) // context
     if count < 1:
-        raise InputError(f"{len(tokens)} held-out tokens are less than one context of {context}: give more text")
+        raise InputError(f"{len(tokens)} tokens of text do not fill one context of {context}: give more text")
     starts = np.linspace(0, count - 1, max(1, min(count, limit // context))).astype(int) * context
     return convert.rows(tokens, starts, context)
 
@@ -46,37 +46,31 @@ def windows(tokens, context, limit):
 @torch.no_grad()
 def depth_losses(model, sequences, depths, batch):
     """{passes: mean loss in nats} over sequences of `windows`, for each of `depths`; 0 is the ungated pass."""
-    sums = dict.fromkeys(depths, 0.0)
+    sums, count = dict.fromkeys(depths, 0.0), (sequences[1] >= 0).sum().item()
     for x, y in zip(*(part.to(model.wte.weight.device).split(batch) for part in sequences)):
         h = model.encode(x)
         for b in range(max(depths) + 1):
             h = model.refine(h) if b > 0 else h
             if b in sums:
-                sums[b] += model.loss(h if b > 0 else model.propose(h), y)[0].item() * len(x)
-    return {depth: total / len(sequences[0]) for depth, total in sums.items()}
+                sums[b] += model.loss(h if b > 0 else model.propose(h), y)[0].item() * (y >= 0).sum().item()
+    return {depth: total / count for depth, total in sums.items()}
 
 
 @torch.no_grad()
 def exit_stats(model, sequences, max_loops, halt, batch):
-    """With confidence exit: mean loss, mean passes, histogram of tokens by their passes 1 … max_loops, and in ten bins
-    of confidence the tokens, their mean confidence and how often the likeliest token was right; ece: the mean gap."""
-    loss, passes, confidence, right = 0.0, [], [], []
+    """With confidence exit: mean loss, mean passes, histogram of tokens by their passes 1 … max_loops, and the ECE: how
+    far, in ten bins, confidence and the share of tokens whose likeliest next one was right are apart on average."""
+    loss, passes, gaps, count = 0.0, [], torch.zeros(10), (sequences[1] >= 0).sum().item()
     for x, y in zip(*(part.to(model.wte.weight.device).split(batch) for part in sequences)):
         h, taken = early_exit(model, x, max_loops, halt)
-        mean, correct = model.loss(h, y)
-        loss += mean.item() * len(x) / len(sequences[0])
-        passes.append(taken.flatten().cpu())
-        confidence.append(torch.sigmoid(model.confidence(h).float()).flatten().cpu())
-        right.append(correct.float().flatten().cpu())
-    passes, confidence, right = torch.cat(passes), torch.cat(confidence), torch.cat(right)
-    bins = []
-    for i, member in enumerate((confidence * 10).long().clamp(max=9) == torch.arange(10)[:, None]):
-        if n := int(member.sum()):
-            said, was = confidence[member].mean().item(), right[member].mean().item()
-            bins.append(dict(above=i / 10, tokens=n, confidence=said, right=was))
-    ece = sum(b["tokens"] * abs(b["confidence"] - b["right"]) for b in bins) / len(right)
-    histogram = torch.bincount(passes, minlength=max_loops + 1)[1:].tolist()
-    return dict(loss=loss, mean_passes=passes.float().mean().item(), histogram=histogram, calibration=bins, ece=ece)
+        (mean, right), counts = model.loss(h, y), y >= 0
+        loss += mean.item() * counts.sum().item() / count
+        passes.append(taken[counts].cpu())
+        confidence = torch.sigmoid(model.confidence(h).float())[counts]
+        gaps.index_add_(0, (confidence * 10).long().clamp(max=9).cpu(), (confidence - right[counts].float()).cpu())
+    histogram = torch.bincount(torch.cat(passes), minlength=max_loops + 1)[1:].tolist()
+    mean_passes, ece = torch.cat(passes).float().mean().item(), gaps.abs().sum().item() / count
+    return dict(loss=loss, mean_passes=mean_passes, histogram=histogram, ece=ece)
 
 
 def main():
@@ -96,7 +90,7 @@ def main():
         tokens = convert.load_data(trained["data"], trained["val"], tokenizer)[1]
     context = min(s.context, model.config.block_size)
     sequences = windows(tokens, context, s.tokens)
-    lengths = [len(tokenizer.bytes_of[i]) for i in sequences[1].flatten().tolist()]
+    lengths = [len(tokenizer.bytes_of[i]) for i in sequences[1].flatten().tolist() if i >= 0]
     count, bits_per_byte = len(lengths), len(lengths) / sum(lengths) / math.log(2)
     losses = depth_losses(model, sequences, range(s.max_loops + 1), s.batch)
     halt = Halt(s.halt, s.threshold, s.epsilon, s.min_loops)
@@ -114,9 +108,7 @@ def main():
     print("\npasses taken with exit, " + ", ".join(f"{k} {v}" for k, v in halt._asdict().items()))
     for b, n in enumerate(exit["histogram"], start=1):
         print(f"{b:>8} {'█' * round(40 * n / count):40} {n / count:6.1%}")
-    print(f"\nconfidence at exit, and how often the likeliest token was right (mean gap, the ECE: {exit['ece']:.3f})")
-    for b in exit["calibration"]:
-        print(f"{b['above']:>8.1f}+ said {b['confidence']:.3f}, was {b['right']:.3f}, {b['tokens']:,} tokens")
+    print(f"\nconfidence is {exit['ece']:.3f} from how often the likeliest token was right, on average (the ECE)")
 
 
 if __name__ == "__main__":

@@ -12,8 +12,7 @@ runs once, M runs up to B times through a selective gate, D runs once (§3.1):
     logits  = D(h^B)
     q(h)    = σ(Linear(LayerNorm(h)))                  the confidence that this state is good enough to stop
 
-Training (§3.2) is `deep_supervision`, made of `losses`. Inference is `LoopUS.generate`, which stops looping at each
-token when q is high enough. What early exit means is said once, by `early_exit`.
+Training (§3.2) is `deep_supervision`, inference `LoopUS.generate`. `early_exit` defines what stopping early means.
 
 Shapes: B batch, T tokens, C width of the states (n_embd), V vocabulary, n heads, m key/value heads, hd width of a head.
 """
@@ -124,13 +123,13 @@ def make_norm(c):
 
 
 class Linear(nn.Linear):
-    """nn.Linear that for few tokens, compiled for a CPU, is a sum: this reads the matrix at the memory's speed, for one
-    token twice as fast as torch's own product. For int8 matrices there is a scale per row."""
+    """nn.Linear that for one token, compiled for a CPU, is a sum: this reads the matrix at the memory's speed, twice as
+    fast as torch's own product. For int8 matrices there is a scale per row."""
 
     scale = None
 
     def forward(self, x):
-        if x.numel() > 4 * self.in_features or not torch.compiler.is_compiling() or x.is_cuda or x.requires_grad:
+        if x.numel() > self.in_features or not torch.compiler.is_compiling() or x.is_cuda or x.requires_grad:
             weight = self.weight if self.scale is None else (self.weight * self.scale[:, None]).type_as(x)
             return F.linear(x, weight, self.bias)
         y = (self.weight.float() * x.float()[..., None, :]).sum(dim=-1) * (1.0 if self.scale is None else self.scale)
@@ -164,6 +163,10 @@ class Block(nn.Module):
             here, new = (slice(None), at.rows[:, None], at.position), torch.stack((k, v))  # (2, B, T, m, hd)
             kv[here] = torch.where(at.running[..., None, None], new, kv[here])
             k, v = kv if B == kv.size(1) else kv[:, at.rows]
+            if T == 1 and torch.compiler.is_compiling() and not x.is_cuda:  # as sums, like those of Linear
+                scores = (q.view(B, 1, m, n // m, hd) * k[:, :, :, None]).sum(dim=-1) * hd**-0.5  # (B, S, m, n/m)
+                weights = scores.masked_fill(~at.mask[:, 0, 0, :, None, None], -torch.inf).softmax(dim=1)
+                return self.out((weights[..., None] * v[:, :, :, None]).sum(dim=1).reshape(B, 1, n * hd))
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
         y = F.scaled_dot_product_attention(q, k, v, at.mask, is_causal=kv is None and T > 1, enable_gqa=n != m)
         return self.out(y.transpose(1, 2).reshape(B, T, n * hd))
@@ -322,6 +325,12 @@ class LoopUS(nn.Module):
             h = self.refine(h)
         return self.decode(h if loops else self.propose(h))
 
+    def compile_step(self):
+        """Compile what a token runs through, once for all layers, depths, lengths and numbers of texts. A norm is to be
+        written down before a matrix reads it, not computed anew for each row of the matrix."""
+        for part in [*self.layers(), self.lm_head]:
+            part.compile(dynamic=True, options={"realize_acc_reads_threshold": 2, "size_asserts": False})
+
     def new_cache(self, batch, size, loops, shared=False):
         """Room for `size` keys and values: a tensor (layers, 2, B, size, m, hd) each for "encoder" and "decoder", and a
         list of them, one per loop depth, for "reasoning"; shared: one for all, where tokens show their newest pass."""
@@ -331,10 +340,10 @@ class LoopUS(nn.Module):
         return {"encoder": new(c.encoder_layers, *shape), "reasoning": depths, "decoder": new(c.decoder_layers, *shape)}
 
     @torch.no_grad()
-    def advance(self, idx, start, cache, max_loops, halt, rows=None, last=1):
+    def advance(self, idx, start, cache, max_loops, halt, rows=None):
         """Run tokens idx (B, T) of the texts `rows` (ascending; None: all), which follow the `start` (B ints) ones in
         the cache, until `halt` stops each or max_loops; a pass runs on the texts that still loop.
-        → logits of the `last` tokens (B, last, V), passes taken by each token (B, T)."""
+        → logits of the last token (B, 1, V), passes taken by each token (B, T)."""
         depths, passes = cache["reasoning"], torch.zeros_like(idx)
         at = span(self.config, start, idx.size(1), idx.device, depths[0].size(3), rows)
         here = slice(None), slice(None), at.rows[:, None], at.position
@@ -351,12 +360,12 @@ class LoopUS(nn.Module):
                 before, h = h, torch.where(running[..., None], new, h)
                 passes += running
                 running = running & ~halt.stops(self, b + 1, before, h, doubt)
-        return self.lm_head(self.norm(self.run(self.decoder, h, at, cache["decoder"])[:, -last:])), passes
+        return self.lm_head(self.norm(self.run(self.decoder, h, at, cache["decoder"])[:, -1:])), passes
 
     @torch.no_grad()
     def stream(
         self, idx, max_new_tokens, max_loops=8, threshold=0.6, temperature=1.0, top_k=None, generator=None, top_p=None,
-        halt="threshold", epsilon=1.0, min_loops=1, shared=False, end=None, draft=0,
+        halt="threshold", epsilon=1.0, min_loops=1, shared=False, end=None,
     ):  # fmt: skip
         """`generate`, a token at a time: yields for each text (token, passes it took). When the context is full, the
         newest half of a text is run again at positions 0 …, and it goes on from there."""
@@ -364,33 +373,24 @@ class LoopUS(nn.Module):
         if not texts or not all(texts):
             raise InputError("a prompt is empty: give at least one token")
         halt, device = Halt(halt, threshold, epsilon, min_loops), self.wte.weight.device
-        most = max(map(len, texts)) + max_new_tokens
-        size = min(self.config.block_size, -(-most // 128) * 128)  # few sizes to compile for
+        size = max(map(len, texts)) + max_new_tokens
+        size = min(self.config.block_size, -(-size // 128) * 128)  # few sizes to compile for
         cache = self.new_cache(len(texts), size, max_loops, shared)
-        # of each text: how many tokens the cache has, which are found and not yet given; and the texts not at their end
-        start, found, going = [0] * len(texts), [[] for _ in texts], [*range(len(texts))]
+        start, going = [0] * len(texts), [*range(len(texts))]  # tokens of each in the cache; texts not at their end
         for _ in range(max_new_tokens):
-            alike = {}  # texts by how many of their tokens are to be run
-            for i in (i for i in going if not found[i]):
+            alike, step = {}, [(end, 0)] * len(texts)
+            for i in going:  # together run those that have as many new tokens
                 if len(texts[i]) > size and start[i] > 0:
                     texts[i], start[i] = texts[i][-max(1, size // 2) :], 0
                 alike.setdefault(len(texts[i]) - start[i], []).append(i)
             for length, rows in alike.items():
                 new = torch.tensor([texts[i][start[i] :] for i in rows], device=device)
-                begin = [start[i] for i in rows]
-                ahead = min(draft, size - 1 - max(begin)) if length == 1 else 0
                 with torch.compiler.set_stance("default" if length == 1 else "force_eager"):  # prompts: not compiled
-                    for k in range(ahead):  # guess by one pass each
-                        guess, _ = self.advance(new[:, -1:], [n + k for n in begin], cache, 1, halt, rows)
-                        new = torch.cat((new, guess.argmax(dim=-1)), dim=1)
-                    logits, passes = self.advance(new, begin, cache, max_loops, halt, rows, 1 + ahead)
-                drawn = sample(logits.flatten(0, 1), temperature, top_k, generator, top_p).view(len(rows), -1).tolist()
-                for i, tokens, guesses, taken in zip(rows, drawn, new[:, length:].tolist(), passes.tolist()):
-                    right = next((k for k, guess in enumerate(guesses) if tokens[k] != guess), ahead)
-                    found[i] = [*zip(tokens[: right + 1], taken[-1 - ahead :])]
-                    texts[i] += tokens[: right + 1]
-                    start[i] = len(texts[i]) - 1
-            step = [found[i].pop(0) if i in going else (end, 0) for i in range(len(texts))]
+                    logits, passes = self.advance(new, [start[i] for i in rows], cache, max_loops, halt, rows)
+                drawn = sample(logits[:, -1], temperature, top_k, generator, top_p)
+                for i, token, taken in zip(rows, drawn[:, 0].tolist(), passes[:, -1].tolist()):
+                    start[i], step[i] = len(texts[i]), (token, taken)
+                    texts[i].append(token)
             yield step
             going = [i for i in going if step[i][0] != end]
 
@@ -398,8 +398,7 @@ class LoopUS(nn.Module):
         """Continue idx (B, T), or B lists of tokens, by max_new_tokens tokens of at most max_loops=8 passes each. A
         token stops at the first pass with q ≥ threshold=0.6 (above 1: never), or by the rule halt= of `Halt`, with
         epsilon= and min_loops=. temperature=1 (0: greedy), top_k=, generator=, top_p= as in `sample`; max_loops=0: the
-        pretrained model; shared= as in `new_cache`; end= ends a text, and fills it from there; draft=: one pass guesses
-        so many tokens, all passes check them at once, and what is right stays: the same greedy text in other steps.
+        pretrained model; shared= as in `new_cache`; end= ends a text, and fills it from there.
         → tokens (B, T + max_new_tokens) or B lists, passes (B, max_new_tokens). InputError: idx is unfit."""
         steps = torch.tensor([*self.stream(idx, max_new_tokens, *args, **kwargs)]).long().view(-1, len(idx), 2)
         new, passes = steps.permute(2, 1, 0).to(self.wte.weight.device)
@@ -445,13 +444,14 @@ def early_exit(model, idx, max_loops, halt, together=False):
 # ---- Training
 
 
-def losses(model, h, targets, before=None, through=1, onward=False):
+def losses(model, h, targets, before=None, through=1, onward=False, pooled=False):
     """One supervised step (§3.2, Fig. 4) from the state h (B, T, C) against the next tokens `targets` (B, T; −100 does
     not count) → the three terms of L = L_LM + L_mono + L_Q (scalars, nats), and the next state h' (B, T, C), detached:
 
     L_LM   = CE(D(h'), next token),  h' = one gated pass from h, the only pass that gradients go through
     L_mono = SiLU(L_LM − L_LM of h, the latter without gradient): a pass should do no harm
-    L_Q    = BCE(q(h'), was the likeliest token right?), per token
+    L_Q    = BCE(q(h'), was the likeliest token right?), per token as in Fig. 4; pooled: per sequence, as in Eq. 13,
+             q of the last token against the share of tokens that were right
     before: L_LM of h, if known. through: passes in this step. onward: gradients go on into what made h."""
     h = h if onward else h.detach()
     if before is None:
@@ -461,23 +461,26 @@ def losses(model, h, targets, before=None, through=1, onward=False):
     for _ in range(through):
         h = model.refine(h)
     lm, right = model.loss(h, targets)
-    confidence, counts = precise(model.confidence(h)), (targets != -100).float()
-    counts /= counts.sum().clamp(min=1)
-    q = F.binary_cross_entropy_with_logits(confidence, right.type_as(counts), counts, reduction="sum")
+    confidence, right, counts = precise(model.confidence(h)), right.float(), (targets != -100).float()
+    if pooled:
+        each = counts.sum(dim=1, keepdim=True)
+        confidence, right, counts = confidence[:, -1:], (right * counts).sum(1, True) / each.clamp(min=1), each.sign()
+    q = F.binary_cross_entropy_with_logits(confidence, right, counts, reduction="sum") / counts.sum().clamp(min=1)
     return lm, F.silu(lm - before), q, h.detach()
 
 
-def deep_supervision(model, idx, targets, drawn, through=1):
+def deep_supervision(model, idx, targets, drawn, through=1, pooled=False, updated=False):
     """Random deep supervision (§3.2): loop over idx (B, T) in steps of `through` passes (paper: one) and supervise the
     `drawn` (K numbers below B). Yields the three terms of each: back-propagate them at once, and memory holds the
     graph of one step however large B is. The others run without gradient, and so does the encoder, unless its
-    parameters require one: from the first step. The loss before a step is known where the step before was drawn."""
+    parameters require one: from the first step. The loss before a step is known where the step before was drawn,
+    unless the weights are `updated` between the two. pooled: as in `losses`."""
     with torch.set_grad_enabled(0 in drawn):
         h, known = model.encode(idx), None
     for b in range(max(drawn) + 1):  # passes after the last drawn one would teach nothing
         if b in drawn:
-            *terms, h = losses(model, h, targets, known, through, onward=b == 0)
-            known = terms[0].detach()
+            *terms, h = losses(model, h, targets, known, through, b == 0, pooled)
+            known = None if updated else terms[0].detach()
             yield terms
         else:
             with torch.no_grad():

@@ -30,7 +30,6 @@ class Settings(convert.Inference):
     top_k: int = flag(50, "draw among this many likeliest tokens", 1)
     top_p: float = flag(1.0, "of these, among the fewest likeliest that reach this probability", 0)
     seed: int = flag(2026, "of the random draws")
-    draft: int = flag(0, "tokens that one pass guesses for all passes to check at once; 0: none", 0)
     shared: bool = flag(False, "one cache for all depths: less memory, a little worse")
     compile: bool = flag(False, "compile the step of a token: on a CPU some seconds, then twice as fast")
     trace: bool = flag(False, "show the next token's candidates after each pass instead of writing")
@@ -45,7 +44,7 @@ def tint(text, passes, max_loops):
 
 def write(model, tokenizer, prompt, ids, s):
     """Stream the continuation of a prompt to standard output, and one line about it to standard error."""
-    names = "max_loops threshold temperature top_k top_p halt epsilon min_loops shared draft".split()
+    names = "max_loops threshold temperature top_k top_p halt epsilon min_loops shared".split()
     given = {name: getattr(s, name) for name in names} | dict(generator=torch.Generator(ids.device).manual_seed(s.seed))
     utf8, depths, begun = codecs.getincrementaldecoder("utf-8")("replace"), [], time.time()
     if sys.stdout.isatty() and s.max_loops > 0:
@@ -93,8 +92,8 @@ def main():
     s = Settings(**convert.parse(Settings))
     device, dtype = convert.pick_device(s.device, s.dtype)
     model, tokenizer = convert.load(s.init, device, dtype)
-    for part in [*model.layers(), model.lm_head] if s.compile else ():
-        part.compile(dynamic=True)
+    if s.compile:
+        model.compile_step()
     if tokenizer is None:
         raise InputError(f"{s.init or 'it'} has no tokenizer.json: text cannot be read or written without one")
 

@@ -43,6 +43,8 @@ class Settings:
     max_loops: int = flag(20, "B, passes unrolled per batch (paper: 20)", 1)
     supervised: int = flag(5, "K, steps supervised among them (paper: 5)", 1)
     through: int = flag(1, "passes per supervised step, all with gradient (paper: 1; its authors' code: 2)", 1)
+    update: str = flag("batch", "an optimizer step per batch, or depth: per supervised step", None, ("batch", "depth"))
+    confidence: str = flag("token", "q's target: per token, or sequence: Eq. 13", None, ("token", "sequence"))
     trains: str = flag("middle", "all but embedding and encoder (paper), or all", None, ("middle", "all"))
     encoder_layers: int = flag(-1, "layers run once before the loop; -1: the paper's cut, or by the layer profile")
     decoder_layers: int = flag(-1, "layers run once after the loop; -1: likewise")
@@ -74,8 +76,6 @@ def micro_batch(tokens, s, i):
     """Micro-batch number i of the run: inputs and next tokens, (batch, context) each. The text is cut into windows,
     each read once per epoch in an order of its own, so that what is read depends on the seed and on i alone."""
     count = (len(tokens) - 1) // s.context
-    if count < 1:
-        raise InputError(f"{len(tokens)} training tokens do not fill one context of {s.context}: give more text")
     starts = [shuffled(count, s.seed, n // count)[n % count] * s.context for n in range(i * s.batch, (i + 1) * s.batch)]
     return convert.rows(tokens, starts, s.context)
 
@@ -139,7 +139,7 @@ def train(s):
     if s.context > model.config.block_size:
         raise InputError(f"--context={s.context} is more than the model's {model.config.block_size}: give at most that")
     tokens, held_out = convert.load_data(s.data, s.val, tokenizer)
-    sequences, first = windows(held_out, s.context, s.eval_tokens), 0
+    (_, sequences), first, skipped = (windows(t, s.context, s.eval_tokens) for t in (tokens, held_out)), 0, 0
     optimizer = make_optimizer(model, s)
     if found:
         try:
@@ -147,7 +147,7 @@ def train(s):
         except Exception as e:  # of many kinds, with long explanations
             raise InputError(f"{found[-1]} is damaged ({type(e).__name__}): remove its directory and resume") from None
         optimizer.load_state_dict(saved["optimizer"])
-        first = saved["step"]
+        first, skipped = saved["step"], saved.get("skipped", 0)
     if first > s.steps:
         raise InputError(f"{out} is at step {first} already, beyond --steps={s.steps}: name another --out")
     fast = model if dtype == torch.float32 else computing_copy(model, dtype)
@@ -167,7 +167,8 @@ def train(s):
     def report(step, **values):
         parts = (f"{k} {v:.5g}" if isinstance(v, float) else f"{k} {v}" for k, v in values.items())
         print(f"step {step:>{len(str(s.steps))}}  " + "  ".join(parts), flush=True)
-        log.write(json.dumps(dict(step=step) | values) + "\n")
+        finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
+        log.write(json.dumps(dict(step=step) | finite) + "\n")
         log.flush()
 
     def evaluate(step):
@@ -177,7 +178,8 @@ def train(s):
     def checkpoint(step):
         directory = out / f"step-{step:07d}"
         if rank == 0:
-            settings, state = json.dumps(asdict(s), indent=2), dict(step=step, optimizer=optimizer.state_dict())
+            settings, state = json.dumps(asdict(s), indent=2), dict(step=step, skipped=skipped)
+            state["optimizer"] = optimizer.state_dict()
             more = {"settings.json": lambda path: path.write_text(settings), "optimizer.pt": partial(torch.save, state)}
             convert.save(model, tokenizer, directory, **more)
             if s.objective == "loop":
@@ -186,13 +188,28 @@ def train(s):
                 shutil.rmtree(old)
         return directory
 
-    cuts = f"{len(model.encoder)} + {len(model.reasoning)} + {len(model.decoder)} layers"
-    print(f"{s.objective}: {cuts}, {len(tokens):,} tokens, {world} × {device}, {dtype}, to {out}", flush=True)
-    asked, skipped = [], 0
+    def update():
+        """Take the optimizer's step, unless the gradient is not finite. → how many were left out in a row, its norm"""
+        for p in (p for p, _ in trained if world > 1 and p.grad is not None):
+            p.grad = summed(p.grad) / world
+        norm = torch.nn.utils.clip_grad_norm_([p for p, _ in trained], 1.0).item()
+        if math.isfinite(norm):
+            optimizer.step()
+            with torch.no_grad():
+                for p, q in trained if fast is not model else ():
+                    q.copy_(p)
+        elif skipped == 4:
+            raise InputError(f"no finite gradient in 5 steps to {step + 1}: lower --lr; {out} keeps its checkpoints")
+        optimizer.zero_grad()
+        return 0 if math.isfinite(norm) else skipped + 1, norm
+
+    cuts = " + ".join(str(len(stack)) for stack in (model.encoder, model.reasoning, model.decoder))
+    print(f"{s.objective}: {cuts} layers, {len(tokens):,} tokens, {world} × {device}, {dtype}, to {out}", flush=True)
+    begun, last, logged, asked = time.time(), time.time(), first, []
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda number, _: asked.append(signal.Signals(number).name))
-    begun, last, logged = time.time(), time.time(), first
     count = s.accumulate // world * (s.supervised if s.objective == "loop" else 1)  # backward calls of a step
+    each = 1 if s.update == "depth" else count  # of an update
     for step in range(first, s.steps):
         if step % s.eval_every == 0:
             evaluate(step)
@@ -203,35 +220,26 @@ def train(s):
         drawn = random.Random(f"depths {s.seed} {step}").sample(range(s.max_loops // s.through), s.supervised)
         terms, done = torch.zeros(3, device=device), 0
         for micro in range(step * s.accumulate + rank, (step + 1) * s.accumulate, world):
-            if summed(torch.tensor(len(asked), device=device)) > 0:
+            stop = summed(torch.tensor(len(asked), device=device)) if world > 1 else len(asked)
+            if stop > 0 and (done == 0 or s.update == "batch"):  # not where part of a step has changed the weights
                 break
             x, y = (part.to(device) for part in micro_batch(tokens, s, micro))
             if s.objective == "loop":
-                steps = deep_supervision(fast, x, y, drawn, s.through)
+                steps = deep_supervision(fast, x, y, drawn, s.through, s.confidence == "sequence", s.update == "depth")
             else:
                 steps = [[fast.loss(fast.propose(fast.encode(x)), y)[0]]]
             for step_terms in steps:
-                (sum(step_terms) / count).backward()
-                terms[: len(step_terms)] += torch.stack(step_terms).detach() / count
                 done += 1
+                (sum(step_terms) / each).backward()
+                terms[: len(step_terms)] += torch.stack(step_terms).detach() / count
+                if done % each == 0:
+                    skipped, norm = update()
             convert.progress(f"step {step + 1}", done, count)
         if done < count:  # asked to stop: as if this step had not begun
             if step > first:
                 checkpoint(step)
             stopped = f"stopped by {' '.join(asked[:1])} after step {step}; --resume --out={out} goes on"
             sys.exit(stopped if rank == 0 else 1)
-        for p, _ in trained if world > 1 else ():
-            p.grad = summed(p.grad) / world
-        norm = torch.nn.utils.clip_grad_norm_([p for p, _ in trained], 1.0).item()
-        if math.isfinite(norm):
-            optimizer.step()
-            with torch.no_grad():
-                for p, q in trained if fast is not model else ():
-                    q.copy_(p)
-        skipped = 0 if math.isfinite(norm) else skipped + 1
-        if skipped == 5:
-            raise InputError(f"no finite gradient in 5 steps to {step + 1}: lower --lr; {out} keeps its checkpoints")
-        optimizer.zero_grad()
         if (step + 1) % s.log_every == 0 or step in (first, s.steps - 1) or skipped:
             (lm, mono, q), now = (summed(terms) / world).tolist(), time.time()
             speed = (step + 1 - logged) * s.accumulate * s.batch * s.context / (now - last)
@@ -259,8 +267,8 @@ def story(given):
     values |= dict(max_loops=8, supervised=2, encoder_layers=2, decoder_layers=2, eval_every=10**9, eval_tokens=32768)
     looped = Settings(**values | given)
     unlooped = replace(looped, objective="lm")
-    untrained, base = str(out / "untrained"), str(out / "base")
-    if not Path(base, "config.json").exists():
+    untrained = str(out / "untrained")
+    if not Path(untrained, "config.json").exists():
         torch.manual_seed(looped.seed)
         gpt2 = dict(model_type="gpt2", architectures=["GPT2LMHeadModel"], layer_norm_epsilon=1e-5, vocab_size=257)
         gpt2 |= dict(n_positions=512, n_layer=6, n_embd=width, n_head=width // 64)
@@ -271,8 +279,8 @@ def story(given):
                 torch.nn.init.normal_(p, std=std)
         model.reset_new_parameters()
         convert.save(model, convert.byte_tokenizer(), untrained, "hf")
-        new = replace(unlooped, init=untrained, out=str(out / "pretraining"), steps=3 * looped.steps, lr=2e-3)
-        convert.save(*convert.load(stage("1/3 pretrain a small base model", new)), base, "hf")
+    new = replace(unlooped, init=untrained, out=str(out / "base"), steps=3 * looped.steps, lr=2e-3)
+    base = str(stage("1/3 pretrain a small base model", new))
     loop = stage("2/3 recast it and train the loop", replace(looped, init=base, out=str(out / "loop")))
     control = stage("3/3 the same tokens without loop", replace(unlooped, init=base, out=str(out / "control")))
     (convert.cache_dir() / "last").write_text(str(loop.resolve()))  # also where the loop was done before

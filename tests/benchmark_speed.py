@@ -3,7 +3,6 @@ How fast does a looped model write, and train? Everything on this machine, in th
 
     python eval.py --task=speed MODEL [--dtype=bf16] [--compile] [--batch=8] [--data=held_out.txt] [--profile]
     python eval.py --task=speed MODEL --shared --data=held_out.txt
-    python eval.py --task=speed MODEL --draft=4 --data=held_out.txt [--compile]
     python eval.py --task=speed MODEL --train [--max_loops=4] [--supervised=1] [--batch=2] [--context=256]
 
 Writing: prefill and decode at 1, 2, 4, 8 passes and with exit. A prompt of 64 random tokens, then tokens one by one:
@@ -42,7 +41,6 @@ class Settings:
 
     init: str = flag("", "model: directory or hub name")
     shared: bool = flag(False, "with --data: what a cache shared by all depths costs in loss")
-    draft: int = flag(0, "with --data: what it brings that one pass guesses so many tokens, and 8 check them", 0)
     train: bool = flag(False, "measure training instead of writing")
     way: str = flag("", "of training, in this process: " + ", ".join(WAYS), None, WAYS)
     max_loops: int = flag(4, "B, with --train", 1)
@@ -168,8 +166,6 @@ def main():
     s.batch = s.batch or (2 if s.train else 1)
     if s.shared:
         compare_caches(s)
-    elif s.draft:
-        compare_drafts(s)
     elif not s.train:
         measure_writing(s)
     elif not s.way:
@@ -198,37 +194,6 @@ def compare_caches(s):
         print(line.format(loops, losses[0], sizes[0], losses[1], sizes[1]), flush=True)
 
 
-def compare_drafts(s):
-    """Seconds per token of 8 passes, greedy, after 4 prompts of held-out text, with and without guesses."""
-    device, dtype = convert.pick_device(s.device, s.dtype)
-    cuts = dict(encoder_layers=s.encoder_layers, decoder_layers=s.decoder_layers)
-    model, tokenizer = convert.load(s.init, device, dtype, **cuts)
-    tokens = convert.load_tokens(convert.find_files(s.data), tokenizer)
-    length = min(PROMPT, model.config.block_size // 2)
-    prompts, _ = convert.rows(tokens, torch.linspace(0, len(tokens) - length - 2, 4).long().tolist(), length)
-    for part in [*model.layers(), model.lm_head] if s.compile else ():
-        part.compile(dynamic=True)
-    checks, advance, times = [], model.advance, {}
-
-    def counted(idx, start, cache, max_loops, *more):
-        if idx.size(1) < length and max_loops == 8:
-            checks.append(idx.size(1))
-        return advance(idx, start, cache, max_loops, *more)
-
-    texts, model.advance = {}, counted
-    for draft in (0, s.draft) * 2:  # the first round compiles
-        checks.clear()
-        begun = time.perf_counter()
-        texts[draft] = [model.generate(p[None].to(device), s.tokens, 8, s.threshold, 0.0, draft=draft) for p in prompts]
-        times[draft] = (time.perf_counter() - begun) / (4 * s.tokens)
-    same = all(torch.equal(a[0], b[0]) for a, b in zip(texts[0], texts[s.draft]))
-    kept = (4 * (s.tokens - 1) - len(checks)) / max(1, sum(checks) - len(checks))
-    passes = torch.cat([taken for _, taken in texts[0]]).float().mean()
-    print(f"{s.dtype}{', compiled' if s.compile else ''}, {passes:.2f} passes on average: {times[0]:.4f} s per token;")
-    print(f"with {s.draft} guesses by one pass {times[s.draft]:.4f} s: {times[0] / times[s.draft]:.2f} times as fast;")
-    print(f"{kept:.0%} of them stay; {'the same text' if same else 'ANOTHER TEXT'}")
-
-
 @torch.no_grad()
 def measure_writing(s):
     device, dtype = convert.pick_device(s.device, s.dtype)
@@ -236,14 +201,15 @@ def measure_writing(s):
     exact, tokenizer = convert.load(s.init, device, **cuts)
     model, _ = convert.load(s.init, device, dtype, **cuts)
     if s.data:
-        sequences = windows(convert.load_tokens(convert.find_files(s.data), tokenizer), 256, 4096)
+        tokens = convert.load_tokens(convert.find_files(s.data), tokenizer)
+        sequences = windows(tokens, min(256, model.config.block_size), 4096)
         before, after = (depth_losses(m, sequences, [0, 1, 2, 4, 8], 4) for m in (exact, model))
         for depth, loss in after.items():
             change = loss / before[depth] - 1
             print(f"{depth} passes: held-out loss {loss:.4f}, in fp32 {before[depth]:.4f} ({change:+.2%})", flush=True)
     del exact
-    for part in [*model.layers(), model.lm_head] if s.compile else ():
-        part.compile(dynamic=True)
+    if s.compile:
+        model.compile_step()
     c = model.config
     block = torch.randn(1 << 27 if device.type == "cuda" else 1 << 26, device=device)
     bandwidth = block.nbytes / seconds(device, block.sum, 10)

@@ -110,11 +110,9 @@ def test_cached_steps_give_uncached_logits(model, loops):
     cache, start = model.new_cache(2, 24, loops), 0
     with torch.no_grad():
         for T in (7, 1, 1, 5, 1, 9):  # a prompt, single tokens, and chunks
-            logits, passes = model.advance(
-                idx[:, start : start + T], [start] * 2, cache, loops, Halt(threshold=2), last=T
-            )
-            torch.testing.assert_close(logits, expected[:, start : start + T], atol=1e-4, rtol=1e-4)
+            logits, passes = model.advance(idx[:, start : start + T], [start] * 2, cache, loops, Halt(threshold=2))
             start += T
+            torch.testing.assert_close(logits[:, 0], expected[:, start - 1], atol=1e-4, rtol=1e-4)
             assert (passes == loops).all()
 
 
@@ -213,8 +211,7 @@ def test_compiled_steps_are_the_definition_and_compile_once(shape, more):
     idx, halt = torch.randint(0, 257, (1, 40)), Halt(threshold=0.52)
     h, passes = early_exit(model, idx, 6, halt)
     expected, eager = model.decode(h), model.generate(idx[:, :9], 30, 6, 0.52, temperature=0)
-    for block in model.layers():
-        block.compile(dynamic=True)
+    model.compile_step()
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
     cache = model.new_cache(1, 64, 6)
@@ -228,12 +225,13 @@ def test_compiled_steps_are_the_definition_and_compile_once(shape, more):
     assert 1 <= frames <= 2  # one step serves all layers, depths and positions
     compiled = model.generate(idx[:, :9], 30, 6, 0.52, temperature=0)
     assert torch.equal(compiled[0], eager[0]) and torch.equal(compiled[1], eager[1])
-    for length, draft in ((3, 0), (9, 3), (17, 3), (21, 2), (40, 2)):
-        drafted = model.generate(idx[:, :length], 20, 6, 0.52, temperature=0, draft=draft)
+    for prompts in ([idx[0, :3]], [idx[0, :21], idx[0, :4], idx[0, 9:12]]):
+        prompts = [prompt.tolist() for prompt in prompts]
+        compiled = model.generate(prompts, 20, 6, 0.52, temperature=0)
         with torch.compiler.set_stance("force_eager"):
-            eager = model.generate(idx[:, :length], 20, 6, 0.52, temperature=0)
-        assert torch.equal(drafted[0], eager[0]) and torch.equal(drafted[1], eager[1])
-    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] <= 6  # one token, a few, too many for sums
+            eager = model.generate(prompts, 20, 6, 0.52, temperature=0)
+        assert compiled[0] == eager[0] and torch.equal(compiled[1], eager[1])
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] <= 6  # one text, some, some of those in the cache
 
 
 @torch.no_grad()
@@ -249,8 +247,7 @@ def test_int8_matrices_compiled_and_not(tmp_path):
     wanted, got = exact(idx, 2), model(idx, 2)
     assert 0 < (got - wanted).norm() / wanted.norm() < 0.05
     cache = model.new_cache(1, 32, 2)
-    for part in [*model.layers(), model.lm_head]:
-        part.compile(dynamic=True)
+    model.compile_step()
     with torch.compiler.set_stance("force_eager"):
         model.advance(idx[:, :9], [0], cache, 2, Halt(threshold=2))
     for t in range(9, 20):
@@ -258,17 +255,6 @@ def test_int8_matrices_compiled_and_not(tmp_path):
         torch.testing.assert_close(logits[:, 0], got[:, t], atol=1e-4, rtol=1e-4)
     with pytest.raises(InputError, match="not as int8, can be written"):
         convert.save(model, tokenizer, tmp_path / "out")
-
-
-@torch.no_grad()
-def test_what_one_pass_guesses_is_checked_by_all_at_once(model):
-    """With so many passes that agree with one, most guesses stay, and the deep passes are run far fewer times."""
-    torch.nn.init.constant_(model.gate.up.bias, 20.0)  # α near 0: every pass changes next to nothing
-    idx, calls = torch.randint(0, 257, (1, 9)), []
-    expected = model.generate(idx, 24, 6, 2, temperature=0)[0]
-    model.gate.register_forward_hook(lambda gate, inputs, output: calls.append(output.size(1)))
-    assert torch.equal(model.generate(idx, 24, 6, 2, temperature=0, draft=5)[0], expected)
-    assert calls.count(6) == 6 * 4 and calls.count(1) <= 6 * 4 + 5  # 1 + 5 tokens at a time, the last few alone
 
 
 @torch.no_grad()
@@ -406,7 +392,7 @@ def test_a_cache_shared_by_all_depths(model):
 @pytest.mark.parametrize("seed", range(40))
 @torch.no_grad()
 def test_texts_of_any_lengths_write_together_what_each_writes_alone(seed):
-    """Random models, prompts, rules, caches, ends and windows; and drafting changes the steps, not the text."""
+    """Random models, prompts, rules, caches, ends and windows."""
     chance = random.Random(seed)
     model = random_model(chance.choice(["gpt2", "llama"]), seed, block_size=chance.choice([24, 64]))
     halt, loops, new = some_halt(chance, model), chance.choice([0, 1, 4, 6]), chance.choice([8, 30])
@@ -423,6 +409,3 @@ def test_texts_of_any_lengths_write_together_what_each_writes_alone(seed):
         stop = written.index(end) + 1 if end in written else new
         assert ended[i][len(prompt) :][:stop] == written[:stop] and torch.equal(depths[i][:stop], passes[i][:stop])
         assert set(ended[i][len(prompt) + stop :]) <= {end} and (depths[i][stop:] == 0).all()
-    if not more["shared"]:  # there a token's neighbours show what they show when it is run
-        drafted, taken = model.generate(prompts, new, draft=chance.choice([1, 3, 5]), **more)
-        assert drafted == together and torch.equal(taken, passes)

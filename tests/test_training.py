@@ -54,6 +54,40 @@ def test_masked_targets_do_not_count(model):
     torch.testing.assert_close(q_loss, F.binary_cross_entropy_with_logits(model.confidence(after)[:, 5:], right))
 
 
+def test_confidence_per_sequence_is_equation_13(model):
+    x, y = (part.clone() for part in batch())
+    y[1, 3:] = -100
+    h = model.encode(x).detach()
+    after = model.refine(h)
+    right = (model.decode(after).argmax(-1) == y).float()
+    q = torch.sigmoid(model.confidence(after)[:, -1])  # of the last token
+    share = torch.stack((right[0].mean(), right[1, :3].mean()))
+    bce = -(share * q.log() + (1 - share) * (1 - q).log())
+    torch.testing.assert_close(losses(model, h, y, pooled=True)[2], bce.mean())
+    y[1] = -100  # nothing to learn there
+    torch.testing.assert_close(losses(model, h, y, pooled=True)[2], bce[0])
+
+
+def test_an_update_per_supervised_step(model):
+    """Fig. 4: the optimizer steps after each; the loss before the next one is then that of the new weights."""
+    x, y = batch()
+    by_hand = random_model("gpt2" if model.config.norm == "layer" else "llama")
+    optimizers = [train.make_optimizer(m, Settings()) for m in (model, by_hand)]
+    for step in deep_supervision(model, x, y, [1, 2], updated=True):
+        sum(step).backward()
+        optimizers[0].step()
+        optimizers[0].zero_grad()
+    h = by_hand.refine(by_hand.encode(x))
+    for _ in (1, 2):
+        *terms, h = losses(by_hand, h, y)
+        sum(terms).backward()
+        optimizers[1].step()
+        optimizers[1].zero_grad()
+    torch.testing.assert_close(torch.stack(step), torch.stack(terms))
+    for p, q in zip(model.parameters(), by_hand.parameters()):
+        torch.testing.assert_close(p, q)
+
+
 def test_gradients_go_through_one_pass_and_not_through_the_loss_before(model):
     x, y = batch()
     mono = losses(model, model.encode(x), y)[1]  # a state that still has a graph: losses cut it off
@@ -273,6 +307,20 @@ def test_log_has_what_was_asked_for(checkpoint, tmp_path):
     evaluations = [r["held_out"] for r in rows if "held_out" in r]
     assert len(evaluations) == 3 and list(evaluations[0]) == ["0", "1", "2", "4", "8"]
     assert evaluations[-1]["1"] < evaluations[0]["1"]
+
+
+def test_choices_of_a_run(checkpoint, tmp_path):
+    """An update per depth takes K times as many of the optimizer's steps; each choice makes another model."""
+    choices = dict(plain={}, depth=dict(update="depth"), sequence=dict(confidence="sequence"), two=dict(through=2))
+    models = {}
+    for name, more in choices.items():
+        last = train.train(small_run(checkpoint, tmp_path / name, dtype="fp32", steps=3, supervised=2, **more))
+        saved = torch.load(last / "optimizer.pt", weights_only=True)
+        taken = max(int(of["step"]) for of in saved["optimizer"]["state"].values())
+        assert taken == (3 * 2 * 2 if name == "depth" else 3)  # 2 micro-batches of 2 supervised steps
+        models[name] = convert.load(last)[0].lm_head.weight
+    for name in ("depth", "sequence", "two"):
+        assert not torch.equal(models[name], models["plain"])
 
 
 @pytest.mark.slow
