@@ -31,7 +31,7 @@ class Settings(convert.Inference):
     top_p: float = flag(1.0, "of these, among the fewest likeliest that reach this probability", 0)
     seed: int = flag(2026, "of the random draws")
     shared: bool = flag(False, "one cache for all depths: less memory, a little worse")
-    compile: bool = flag(False, "compile the step of a token: on a CPU some seconds, then twice as fast")
+    compile: bool = flag(False, "compile the step of a token: on a CPU some seconds, then three times as fast")
     trace: bool = flag(False, "show the next token's candidates after each pass instead of writing")
 
 
