@@ -139,7 +139,8 @@ def train(s):
     if s.context > model.config.block_size:
         raise InputError(f"--context={s.context} is more than the model's {model.config.block_size}: give at most that")
     tokens, held_out = convert.load_data(s.data, s.val, tokenizer)
-    (_, sequences), first, skipped = (windows(t, s.context, s.eval_tokens) for t in (tokens, held_out)), 0, 0
+    windows(tokens, s.context, 1)  # raises where there is too little to train on
+    sequences, first, skipped = windows(held_out, s.context, s.eval_tokens), 0, 0
     optimizer = make_optimizer(model, s)
     if found:
         try:
@@ -156,7 +157,7 @@ def train(s):
         block.compile()
     trained = [(p, q) for p, q in zip(model.parameters(), fast.parameters()) if p.requires_grad]
     out.mkdir(parents=True, exist_ok=True)
-    log = open(out / "log.jsonl" if rank == 0 else os.devnull, "a", encoding="utf-8")
+    log = open(out / "log.jsonl" if rank == 0 else os.devnull, "a", 1, encoding="utf-8")
 
     def summed(x):
         """The sum over all processes, in place."""
@@ -169,17 +170,16 @@ def train(s):
         print(f"step {step:>{len(str(s.steps))}}  " + "  ".join(parts), flush=True)
         finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
         log.write(json.dumps(dict(step=step) | finite) + "\n")
-        log.flush()
 
     def evaluate(step):
         losses = depth_losses(fast, sequences, [0] if s.objective == "lm" else [0, 1, 2, 4, 8], s.batch)
-        report(step, held_out={depth: round(loss, 5) for depth, loss in losses.items()})
+        report(step, held_out={b: round(loss, 5) if math.isfinite(loss) else None for b, loss in losses.items()})
 
     def checkpoint(step):
         directory = out / f"step-{step:07d}"
         if rank == 0:
-            settings, state = json.dumps(asdict(s), indent=2), dict(step=step, skipped=skipped)
-            state["optimizer"] = optimizer.state_dict()
+            settings = json.dumps(asdict(s), indent=2)
+            state = dict(step=step, skipped=skipped, optimizer=optimizer.state_dict())
             more = {"settings.json": lambda path: path.write_text(settings), "optimizer.pt": partial(torch.save, state)}
             convert.save(model, tokenizer, directory, **more)
             if s.objective == "loop":

@@ -5,6 +5,7 @@ import os
 import pty
 import random
 import select
+import shutil
 import signal
 import subprocess
 import sys
@@ -330,6 +331,15 @@ def test_no_finite_gradient_and_damage_end_in_one_line(command, checkpoint, tmp_
     ended = command(train, "--resume", *run, "--steps=100", "--lr=1e38")
     wrong(ended, "no finite gradient in 5 steps", "lower --lr")
     assert all(f"left_out {n}" in ended[1] for n in range(1, 5)) and {f: f.read_bytes() for f in before} == before
+    code = command(train, "--resume", *run, "--steps=7", "--lr=1e38")[0]  # ends after two of them
+    assert code == 0 and torch.load(tmp_path / "run" / "step-0000007" / "optimizer.pt")["skipped"] == 2
+    lines = (tmp_path / "run" / "log.jsonl").read_text().splitlines()
+    rows = [json.loads(line, parse_constant=lambda word: pytest.fail(f"{word} is no JSON")) for line in lines]
+    assert [row["grad_norm"] for row in rows if row.get("left_out")] == [None] * 4 + [None] * 2
+    assert [row for row in rows if "held_out" in row][-1]["held_out"]["1"] is None
+    ended = command(train, "--resume", *run, "--steps=100", "--lr=1e38")
+    wrong(ended, "no finite gradient in 5 steps to 10")  # the two before the end count
+    shutil.rmtree(tmp_path / "run" / "step-0000007")
     (tmp_path / "run" / "step-0000004" / "optimizer.pt").write_bytes(b"PK" + bytes(1000))
     wrong(command(train, "--resume", *run, "--steps=100"), "optimizer.pt is damaged", "remove its directory")
 
