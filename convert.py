@@ -20,13 +20,12 @@ from argparse import SUPPRESS, ArgumentParser, BooleanOptionalAction
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, fields, replace
 from functools import lru_cache, partial
-from itertools import islice, takewhile
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
 import tiktoken
 import torch
-import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
@@ -35,7 +34,6 @@ from loopus import Config, InputError, Linear, LoopUS, span
 # ---- Layouts: what is particular about each kind of checkpoint. config: our field → its key in config.json, or what
 # the whole family shares; only: keys of which other values are not supported; layer: the name of layer i of the
 # model, j of its stack; names: our module → its names there, stacked along the outputs
-
 KEYS = dict(vocab_size="vocab_size", block_size="max_position_embeddings", n_layer="num_hidden_layers",
     n_embd="hidden_size", n_head="num_attention_heads", n_kv_head="num_key_value_heads", head_dim="head_dim",
     n_inner="intermediate_size", norm=("rms",), norm_eps="rms_norm_eps", mlp=("swiglu",), rope_theta="rope_theta",
@@ -91,8 +89,7 @@ def read_config(path, overrides):
 
 def read_family(base, path):
     """The config of an unlooped model → (layout, fields of Config)."""
-    family = base["model_type"]
-    if family not in FAMILIES:
+    if (family := base["model_type"]) not in FAMILIES:
         raise InputError(f"{path}: model_type {family} is not supported; expected lds or {', '.join(FAMILIES)}")
     layout = FAMILIES[family]
     rope = dict(base.get("rope_parameters") or base.get("rope_scaling") or {})
@@ -146,8 +143,6 @@ def sources(model, layout):
 
 
 # ---- Checkpoints
-
-
 def load(src, device="cpu", dtype=torch.float32, **overrides):
     """→ (model in eval mode, tokenizer or None) from `src`, a hub name or directory; dtype None: as stored, int8:
     rounded matrices, the rest float32. `overrides` are fields of Config (encoder_layers=2); −1 and "": not given.
@@ -198,8 +193,8 @@ def read_model(directory, layout, config, tied, device, dtype):
             target.copy_(part)
     if unused:
         raise InputError(f"{disagree} {', '.join(sorted(unused)[:3])} unknown")
-    new = {name: p for name, p in model.named_parameters() if name not in state}
-    state |= {name: torch.empty(p.shape, device=device, dtype=dtype) for name, p in new.items()}
+    new = {name: p.shape for name, p in model.named_parameters() if name not in state}
+    state |= {name: torch.empty(shape, device=device, dtype=dtype) for name, shape in new.items()}
     model.load_state_dict(state, assign=True)
     if new:
         model.reset_new_parameters()
@@ -234,15 +229,15 @@ def tensor_files(directory):
     return found
 
 
-def save(model, tokenizer, out_dir, format="authors", **more):
+def save(model, tokenizer, out_dir, format="authors", weights=None, **more):
     """Write config.json, model.safetensors, tokenizer.json and, for each of more, name=write, what write(path) writes
     into the directory out_dir. format "authors": looped, as the LoopUS authors have it; "hf": encoder, loop and decoder
     put back as one unlooped model, as on the hub. All of it is put in place, or nothing: raises InputError."""
-    c, tensors, out_dir = model.config, {}, Path(out_dir)
+    c, tensors, out_dir, weights = model.config, {}, Path(out_dir), weights or model.state_dict()
     layout, config = written_config(c, format, str(model.lm_head.weight.dtype).removeprefix("torch."))
     rows = {2: [c.n_inner] * 2, 3: [n * c.head_dim for n in (c.n_head, c.n_kv_head, c.n_kv_head)]}
     for name, there, transposed in sources(model, layout):
-        whole = model.get_parameter(name).detach()
+        whole = weights[name]
         for n, part in zip(there, whole.split(rows.get(len(there), len(whole)))):
             tensors[n] = (part.T if transposed else part).contiguous()
     new = out_dir.with_name(f"{out_dir.name}.new-{os.getpid()}")
@@ -266,8 +261,6 @@ def save(model, tokenizer, out_dir, format="authors", **more):
 
 
 # ---- The hub
-
-
 def cache_dir():
     """Where downloads and tokenised texts are kept: LOOPUS_CACHE, or loopus in the user's cache directory."""
     path = Path(os.environ.get("LOOPUS_CACHE") or Path.home() / ".cache" / "loopus")
@@ -280,10 +273,9 @@ def resolve(src):
     if not src and not (cache_dir() / "last").exists():
         raise InputError("no --init, and train.py has written no model yet: run python train.py, or name a model")
     path = Path(src or (cache_dir() / "last").read_text())
-    if (path / "config.json").exists():
-        return path
-    if steps := sorted(path.glob(f"{STEP}/config.json")):
-        return steps[-1].parent
+    for config in (path / "config.json", *sorted(path.glob(f"{STEP}/config.json"), reverse=True)):
+        if config.exists():
+            return config.parent
     name, _, revision = str(src).partition("@")
     name = re.sub(r"^gpt2(-medium|-large|-xl)?$", r"openai-community/\g<0>", name)
     if path.exists() or not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
@@ -303,17 +295,14 @@ def download(name, revision):
             return kept
     url = f"{os.environ.get('HF_ENDPOINT') or 'https://huggingface.co'}/{name}/resolve/{revision}/"
     directory.mkdir(parents=True, exist_ok=True)
-    fetch(url, "config.json", directory)
-    fetch(url, "tokenizer.json", directory, optional=True)
-    fetch(url, "model.safetensors.index.json", directory, optional=True)
+    for name in ("config.json", "tokenizer.json", "model.safetensors.index.json"):
+        fetch(url, name, directory, optional=name != "config.json")
     for shard in shards(directory):
         fetch(url, shard.name, directory)
     return directory
 
 
-class Redirects(urllib.request.HTTPRedirectHandler):
-    """Follows the hub to where a file lies, and keeps what it stated of the file before that."""
-
+class Redirects(urllib.request.HTTPRedirectHandler):  # to where a file lies; keeps what the hub states of it before
     stated = {}
 
     def redirect_request(self, request, answer, code, message, headers, url):
@@ -360,13 +349,13 @@ def fetch(url, name, directory, optional=False):
 
 
 # ---- Tokenizers
-
 GPT2_SPLIT = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 # The same after every digit has been set apart: a run of spaces then also ends, whole, before a digit.
 DIGITS_SPLIT = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+|\s+(?![^\s\p{N}])|\s+"
 SPACE = "▁"  # what sentencepiece writes for a space
 WORDS, WHOLE = r" +[^ ]*|[^ ]+", r"[\s\S]+"  # sentencepiece: text as words, or where tokens join words as a whole
 PREPEND = [dict(type="Prepend", prepend=SPACE), dict(type="Replace", pattern=dict(String=" "), content=SPACE)]
+PREPEND, NFC = dict(type="Sequence", normalizers=PREPEND), dict(type="NFC")
 # Byte-level BPE writes bytes as printable characters: the visible ones of Latin-1 as they are.
 VISIBLE = [*range(33, 127), *range(161, 173), *range(174, 256)]
 ALPHABET = {b: chr(b) for b in VISIBLE} | {b: chr(256 + i) for i, b in enumerate(sorted({*range(256)} - {*VISIBLE}))}
@@ -403,7 +392,7 @@ class Tokenizer:
         self.spec, model, vocab = spec, dict(spec["model"]), spec["model"]["vocab"]
         # the tokens that merges make, in their order; a merge is "a b" or, in newer files, ["a", "b"]
         model["merged"] = ["".join(m.split(" ") if isinstance(m, str) else m) for m in model.get("merges", ())]
-        split, self.nfc, self.prefix = text_style(spec, model, where)
+        (split, self.prefix), self.nfc = text_style(spec, model, where), spec.get("normalizer") == NFC
         ids_of = sentencepiece(model) if self.prefix else byte_level(model)
         self.ids = list(ids_of.values())
         ranks = {data: rank for rank, data in enumerate(ids_of)}
@@ -420,10 +409,9 @@ class Tokenizer:
             if len(ids) == 1:
                 self.bytes_of[ids[0]] = data
         after = spec.get("post_processor") or {}
-        steps = (step for step in after.get("processors", [after]) if step.get("type") == "TemplateProcessing")
-        template = next(steps, dict(single=[]))
-        before = takewhile(lambda item: "SpecialToken" in item, template["single"])
-        self.begin = [i for item in before for i in template["special_tokens"][item["SpecialToken"]["id"]]["ids"]]
+        template = next((step for step in after.get("processors", [after]) if "special_tokens" in step), {})
+        first = template.get("single", [{}])[0].get("SpecialToken")
+        self.begin = template["special_tokens"][first["id"]]["ids"] if first else []
         ends = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<|im_end|>")
         self.end_of_text = next((self.added[name] for name in ends if name in self.added), None)
 
@@ -438,43 +426,41 @@ class Tokenizer:
                 continue
             part = unicodedata.normalize("NFC", part) if self.nfc else part
             if self.prefix and part:
-                part = part.replace(SPACE, " ")
-                spaced = self.prefix == "never" or part[0] == " " and self.prefix != "each"
-                if not spaced and (i == 0 or self.prefix != "first"):
-                    part = " " + part
+                spaced = self.prefix == "never" or part[0] in (" ", SPACE) and self.prefix != "each"
+                part = " " * (not spaced and (i == 0 or self.prefix != "first")) + part.replace(SPACE, " ")
             ids += [i for rank in self.encoding.encode_ordinary(part) for i in self.ids[rank]]
         return ids
 
-    def decode_bytes(self, ids):
-        return b"".join(self.bytes_of[i] for i in ids)
+    def chat(self, messages):
+        """Messages of a "role" and "content" as ChatML → ids as `rows` reads them: only the assistant's are learned."""
+        for message in messages:
+            head, said = self.encode(f"<|im_start|>{message['role']}\n"), self.encode(message["content"] + "<|im_end|>")
+            said = said if message["role"] == "assistant" else [~i for i in said]
+            yield [*(~i for i in head), *said, *(~i for i in self.encode("\n"))]
 
     def decode(self, ids):
-        text = self.decode_bytes(ids).decode("utf-8", errors="replace")
-        return text.removeprefix(" ") if self.prefix else text
+        return b"".join(self.bytes_of[i] for i in ids).decode(errors="replace").removeprefix(" " if self.prefix else "")
 
 
 def text_style(spec, model, where):
-    """→ (regular expression that cuts text before BPE, is the text brought to Unicode's NFC before, which parts of it
-    sentencepiece puts a space before: each, always (unless there is one), first, never; byte-level BPE: "")."""
+    """→ (regular expression that cuts text before BPE, where sentencepiece puts a space: before each part, always (or
+    there is one), first, never; byte-level BPE: "")."""
     normalizer, splitter = spec.get("normalizer"), spec.get("pre_tokenizer") or dict(type="none")
     steps = splitter["pretokenizers"] if splitter["type"] == "Sequence" else [splitter]
-    kinds = [step["type"] for step in steps]
-    nfc = normalizer == {"type": "NFC"}
-    plain = steps[-1].get("use_regex", True) and not steps[-1].get("add_prefix_space")
-    if model.get("byte_fallback"):
-        split = WHOLE if any(re.search(f"[^{SPACE}]{SPACE}", token) for token in model["merged"]) else WORDS
-        if kinds == ["none"] and normalizer == dict(type="Sequence", normalizers=PREPEND):
-            return split, False, "each"
-        if kinds == ["Metaspace"] and normalizer is None and steps[0].get("split") is False:
-            return split, False, steps[0].get("prepend_scheme", "always")
-    elif model.get("type", "BPE") == "BPE" and (nfc or normalizer is None):
-        if kinds == ["ByteLevel"] and plain:
-            return GPT2_SPLIT, nfc, ""
-        if kinds == ["Digits", "ByteLevel"] and steps[0].get("individual_digits") and plain:
-            return DIGITS_SPLIT, nfc, ""
-        if kinds == ["Split", "ByteLevel"] and steps[0]["behavior"] == "Isolated" and "Regex" in steps[0]["pattern"]:
-            return steps[0]["pattern"]["Regex"], nfc, ""
-    found = f"{model.get('type')} after {normalizer and normalizer['type']} and {' + '.join(kinds)}"
+    joined = any(re.search(f"[^{SPACE}]{SPACE}", token) for token in model["merged"])  # tokens reach across words
+    plain, level = normalizer in (None, NFC), dict(type="ByteLevel", use_regex=True, add_prefix_space=False).items()
+    match model.get("byte_fallback") or model.get("type", "BPE"), [dict(level) | step for step in steps]:
+        case True, [{"type": "none"}] if normalizer == PREPEND:
+            return WHOLE if joined else WORDS, "each"
+        case True, [{"type": "Metaspace", "split": False}] if normalizer is None:
+            return WHOLE if joined else WORDS, steps[0].get("prepend_scheme", "always")
+        case "BPE", [step] if plain and step.items() >= level:
+            return GPT2_SPLIT, ""
+        case "BPE", [{"type": "Digits", "individual_digits": True}, step] if plain and step.items() >= level:
+            return DIGITS_SPLIT, ""
+        case "BPE", [{"behavior": "Isolated", "pattern": {"Regex": split}}, {"type": "ByteLevel"}] if plain:
+            return split, ""
+    found = f"{model.get('type')} after {normalizer and normalizer['type']} and {' + '.join(s['type'] for s in steps)}"
     raise InputError(f"{where}: {found} is not supported; expected BPE as GPT-2, SmolLM2, Llama or Qwen have it")
 
 
@@ -496,8 +482,6 @@ def load_tokenizer(src):
 
 
 # ---- Text
-
-
 def rows(tokens, starts, context):
     """Inputs and next tokens as targets, (n, context) each, of the windows of `tokens` that begin at `starts`. A token
     i that is to be read and not learned stands in `tokens` as ~i; as a target it is −100."""
@@ -532,10 +516,8 @@ def load_tokens(files, tokenizer):
         raise InputError("the model has no tokenizer.json: text cannot be read or written without one")
     if [f.suffix for f in files] == [".bin"]:
         return map_tokens(files[0], tokenizer)
-    stamp = hashlib.sha256(json.dumps(tokenizer.spec, sort_keys=True).encode())
-    for f in files:
-        stamp.update(f"{f.resolve()} {f.stat().st_size} {f.stat().st_mtime_ns}\n".encode())
-    path = cache_dir() / f"{stamp.hexdigest()[:32]}.int32"
+    stamp = [tokenizer.spec, *((f.resolve(), f.stat().st_size, f.stat().st_mtime_ns) for f in files)]
+    path = cache_dir() / f"{hashlib.sha256(repr(stamp).encode()).hexdigest()[:32]}.int32"
     if not path.exists():
         total, done, part = sum(f.stat().st_size for f in files), 0, path.with_suffix(f".{os.getpid()}")
         work = (passage for f in files for passage in passages(f, tokenizer))
@@ -557,23 +539,26 @@ def passages(path, tokenizer):
     end = [] if tokenizer.end_of_text is None else [tokenizer.end_of_text]
     try:
         if path.suffix == ".bin":
-            yield map_tokens(path, tokenizer)
-            return
+            return (yield map_tokens(path, tokenizer))
         if path.suffix == ".parquet":
             from pyarrow.parquet import ParquetFile
 
             batches = ParquetFile(path).iter_batches(columns=["text"])
             texts = (text for batch in batches for text in batch.column(0).to_pylist())
         elif path.suffix == ".jsonl":
-            texts = (json.loads(line)["text"] for line in path.open(encoding="utf-8"))
+            lines = (json.loads(line) for line in path.open(encoding="utf-8"))
+            texts = (line["messages" if "messages" in line else "text"] for line in lines)
         else:
             texts = [path.read_text(encoding="utf-8")]
         for text in texts:
-            yield from (tokenizer.begin, *tokenizer.pieces.findall(text), end)
+            pieces = tokenizer.pieces.findall(text) if isinstance(text, str) else tokenizer.chat(text)
+            yield from (tokenizer.begin, *pieces, end if isinstance(text, str) else [~i for i in end])
     except ImportError:
         raise InputError(f"{path}: reading parquet needs pyarrow: pip install pyarrow") from None
     except (ValueError, LookupError, TypeError) as e:
-        raise InputError(f'{path} is not UTF-8 text, or lines or rows with a "text" ({e!s:.80})') from None
+        raise InputError(
+            f'{path} is not UTF-8 text, or lines or rows with a "text" or "messages" ({e!s:.80})'
+        ) from None
 
 
 def map_tokens(path, tokenizer):
@@ -590,8 +575,6 @@ def map_tokens(path, tokenizer):
 
 
 # ---- Where to cut, §3.1 and Fig. 1
-
-
 def sample_text(model, tokenizer):
     """Tokens (1, T) to look at a model with: this project's own words or, without a tokenizer, any numbers."""
     ids = tokenizer.encode(sys.modules[LoopUS.__module__].__doc__) if tokenizer else [i * 7919 for i in range(256)]
@@ -606,7 +589,7 @@ def layer_distances(model, idx):
     h, distances = model.embed(idx, at), []
     for block in model.layers():
         before, h = h, block(h, at)
-        distances.append(1 - F.cosine_similarity(before.float(), h.float(), dim=-1).mean())
+        distances.append(1 - torch.cosine_similarity(before.float(), h.float(), dim=-1).mean())
     return torch.stack(distances).cpu()
 
 
@@ -628,8 +611,6 @@ def cut(model, encoder, decoder):
 
 
 # ---- The command line, the same for all programs
-
-
 def flag(default, help, least=None, choices=None):
     """A setting, its help text and the values it may have: the fields of a dataclass become flags in `parse`."""
     return field(default=default, metadata={"help": help, "least": least, "choices": choices})

@@ -1,11 +1,9 @@
 """
-Measure a model on held-out text: at every depth, with confidence exit, and how far its confidence can be trusted.
+Measure a model on held-out text: the loss in nats per token at every depth and with exit, and its confidence.
 
     python eval.py                                the model train.py wrote last, on the text its training held out
     python eval.py --init=gpt2 --data=book.txt    any model, any text
     python eval.py --task=speed gpt2              tokens per second; with --train, of training
-
-Loss is the mean cross-entropy per token in nats, perplexity its exponential; bits per byte compare across tokenizers.
 """
 
 import json
@@ -13,7 +11,6 @@ import math
 import runpy
 import sys
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -76,7 +73,7 @@ def exit_stats(model, sequences, max_loops, halt, batch):
 def main():
     if "--task=speed" in sys.argv:  # the benchmark lies beside the tests, and has flags of its own: --task=speed --help
         sys.argv.remove("--task=speed")
-        return runpy.run_path(str(Path(__file__).parent / "tests" / "benchmark_speed.py"))["main"]()
+        return runpy.run_path(__file__.replace("eval.py", "tests/benchmark_speed.py"))["main"]()
     s = Settings(**convert.parse(Settings))
     device, dtype = convert.pick_device(s.device, s.dtype)
     directory = convert.resolve(s.init)

@@ -17,7 +17,6 @@ Training (§3.2) is `deep_supervision`, inference `LoopUS.generate`. `early_exit
 Shapes: B batch, T tokens, C width of the states (n_embd), V vocabulary, n heads, m key/value heads, hd width of a head.
 """
 
-import math
 import re
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -26,6 +25,8 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
+
+NORM = {"layer": nn.LayerNorm, "rms": nn.RMSNorm}  # GPT-2's with bias, Llama's
 
 
 class InputError(ValueError):
@@ -74,8 +75,6 @@ class Config:
 
 
 # ---- The pretrained transformer's own layer: GPT-2's or Llama's, by config
-
-
 class Span(NamedTuple):
     """Where the T tokens of one call stand, what they see in a cache, and which of them still loop."""
 
@@ -103,7 +102,7 @@ def span(config, start, T, device, size=None, rows=None):
     width = int(config.head_dim * config.partial_rotary)
     frequency = config.rope_theta ** -(torch.arange(0, width, 2, device=device).float() / width)
     if scaling := config.rope_scaling:
-        turns = scaling["original_max_position_embeddings"] * frequency / (2 * math.pi)  # within the original context
+        turns = scaling["original_max_position_embeddings"] * frequency / (2 * torch.pi)  # within the original context
         low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
         kept = ((turns - low) / (high - low)).clamp(0, 1)
         frequency = frequency * (kept + (1 - kept) / scaling["factor"])
@@ -116,10 +115,6 @@ def rotate(x, cos, sin):
     half = cos.size(-1)
     x1, x2, rest = x[..., :half], x[..., half : 2 * half], x[..., 2 * half :]
     return torch.cat((x1 * cos - x2 * sin, x2 * cos + x1 * sin, rest), dim=-1).type_as(x)
-
-
-def make_norm(c):
-    return nn.LayerNorm(c.n_embd, eps=c.norm_eps) if c.norm == "layer" else nn.RMSNorm(c.n_embd, eps=c.norm_eps)
 
 
 class Linear(nn.Linear):
@@ -140,12 +135,12 @@ class Block(nn.Module):
     def __init__(self, c):
         super().__init__()
         self.c = c
-        self.ln_1 = make_norm(c)
+        self.ln_1 = NORM[c.norm](c.n_embd, eps=c.norm_eps)
         self.qkv = Linear(c.n_embd, (c.n_head + 2 * c.n_kv_head) * c.head_dim, bias=c.qkv_bias)
         if c.qk_norm:
             self.q_norm, self.k_norm = (nn.RMSNorm(c.head_dim, eps=c.norm_eps) for _ in range(2))
         self.out = Linear(c.n_head * c.head_dim, c.n_embd, bias=c.out_bias)
-        self.ln_2 = make_norm(c)
+        self.ln_2 = NORM[c.norm](c.n_embd, eps=c.norm_eps)
         self.up = Linear(c.n_embd, c.n_inner * (2 if c.mlp == "swiglu" else 1), bias=c.mlp_bias)
         self.down = Linear(c.n_inner, c.n_embd, bias=c.mlp_bias)
 
@@ -183,8 +178,6 @@ class Block(nn.Module):
 
 
 # ---- What LoopUS adds: the selective gate, the confidence head, the loop
-
-
 class SelectiveGate(nn.Module):
     """Eq. 3–5. With A_log = 0, as we start, α is σ(−(W_up W_down δ + b)), a plain sigmoid gate on the change."""
 
@@ -253,7 +246,7 @@ class LoopUS(nn.Module):
         self.encoder = nn.ModuleList(Block(c) for _ in range(c.encoder_layers))
         self.reasoning = nn.ModuleList(Block(c) for _ in range(c.reasoning_layers))
         self.decoder = nn.ModuleList(Block(c) for _ in range(c.decoder_layers))
-        self.norm = make_norm(c)
+        self.norm = NORM[c.norm](c.n_embd, eps=c.norm_eps)
         self.lm_head = Linear(c.n_embd, c.vocab_size, bias=False)  # never tied: it trains, wte does not
         self.gate = SelectiveGate(c)
         self.q_head = nn.Sequential(nn.LayerNorm(c.n_embd), nn.Linear(c.n_embd, 1))
@@ -298,7 +291,7 @@ class LoopUS(nn.Module):
 
     def confidence(self, h):
         """The logit of q(h), (B, T); q itself is its sigmoid."""
-        return self.q_head(h).squeeze(-1)
+        return self.q_head(h.flatten(0, -2)).view(h.shape[:-1])
 
     def decode(self, h, at=None, cache=None):
         """D: state (B, T, C) → logits (B, T, V)."""
@@ -413,11 +406,9 @@ def sample(logits, temperature, top_k, generator, top_p=None):
     if temperature == 0:
         return logits.argmax(dim=-1, keepdim=True)
     logits, order = (logits.float() / temperature).sort(dim=-1, descending=True)
-    if top_k is not None:
-        logits[:, top_k:] = -torch.inf
+    logits[:, top_k or logits.size(1) :] = -torch.inf
     chance = logits.softmax(dim=-1)
-    if top_p is not None:
-        chance = chance.masked_fill(chance.cumsum(dim=-1) - chance >= max(top_p, 1e-9), 0.0)
+    chance = chance.masked_fill(chance.cumsum(dim=-1) - chance >= (2.0 if top_p is None else max(top_p, 1e-9)), 0.0)
     return order.gather(1, torch.multinomial(chance, 1, generator=generator))
 
 
@@ -431,8 +422,7 @@ def early_exit(model, idx, max_loops, halt, together=False):
         return model.propose(h), torch.zeros_like(idx)
     at = span(model.config, [0] * len(idx), idx.size(1), idx.device, idx.size(1))
     shown = model.new_cache(*idx.shape, 1)["reasoning"][0]  # keys and values of each token's newest pass
-    running, passes = torch.ones_like(idx, dtype=torch.bool), torch.zeros_like(idx)
-    doubt = torch.zeros(idx.shape, device=idx.device)
+    running, passes, doubt = torch.ones_like(idx).bool(), torch.zeros_like(idx), torch.zeros_like(idx).float()
     for b in range(1, max_loops + 1):
         before, h = h, torch.where(running[..., None], model.refine(h, at._replace(running=running), shown), h)
         passes += running
@@ -442,8 +432,6 @@ def early_exit(model, idx, max_loops, halt, together=False):
 
 
 # ---- Training
-
-
 def losses(model, h, targets, before=None, through=1, onward=False, pooled=False):
     """One supervised step (§3.2, Fig. 4) from the state h (B, T, C) against the next tokens `targets` (B, T; −100 does
     not count) → the three terms of L = L_LM + L_mono + L_Q (scalars, nats), and the next state h' (B, T, C), detached:

@@ -9,6 +9,7 @@ Let a looped model write, each token taking the passes it needs, by which a term
 import codecs
 import sys
 import time
+from contextlib import suppress
 from dataclasses import dataclass
 
 import torch
@@ -50,15 +51,13 @@ def write(model, tokenizer, prompt, ids, s):
     if sys.stdout.isatty() and s.max_loops > 0:
         print("passes: " + " ".join(tint(str(b), b, s.max_loops) for b in range(1, s.max_loops + 1)) + "\n")
     print(prompt, end="", flush=True)
-    try:
+    with suppress(KeyboardInterrupt):
         for [(token, passes)] in model.stream(ids, s.max_new_tokens, **given):
             if token == tokenizer.end_of_text:
                 break
             depths.append(passes)
-            piece = utf8.decode(tokenizer.decode_bytes([token]))  # a character can span tokens
+            piece = utf8.decode(tokenizer.bytes_of[token])  # a character can span tokens
             print(tint(piece, depths[-1], s.max_loops), end="", flush=True)
-    except KeyboardInterrupt:
-        pass
     print(utf8.decode(b"", final=True), flush=True)
     mean = f"{sum(depths) / max(1, len(depths)):.2f} passes each on average (of at most {s.max_loops})"
     speed = f"{len(depths) / (time.time() - begun):.1f} tokens/s, peak memory {convert.peak_memory(ids.device):.2f} GB"
@@ -72,7 +71,7 @@ def trace(model, tokenizer, prompt, ids, s):
 
     def candidates(h):
         top = model.decode(h)[0, -1].float().softmax(-1).topk(5)
-        words = [tokenizer.decode_bytes([i]).decode(errors="replace") for i in top.indices.tolist()]
+        words = [tokenizer.bytes_of[i].decode(errors="replace") for i in top.indices.tolist()]
         return "  ".join(f"{word!r} {p:.3f}" for word, p in zip(words, top.values.tolist()))
 
     h = model.encode(ids)
@@ -96,17 +95,12 @@ def main():
         model.compile_step()
     if tokenizer is None:
         raise InputError(f"{s.init or 'it'} has no tokenizer.json: text cannot be read or written without one")
-
-    def show(prompt):
+    asks = not s.prompt and sys.stdin.isatty()
+    if asks:
+        print("What shall it continue? An empty line or Ctrl-C ends.")
+    for prompt in iter(lambda: input("\n> "), "") if asks else [s.prompt or sys.stdin.read().rstrip("\n")]:
         ids = tokenizer.begin + tokenizer.encode(prompt) or [tokenizer.end_of_text or 0]  # with nothing: begin a text
         (trace if s.trace else write)(model, tokenizer, prompt, torch.tensor([ids], device=device), s)
-
-    if s.prompt or not sys.stdin.isatty():
-        show(s.prompt or sys.stdin.read().rstrip("\n"))
-        return
-    print("What shall it continue? An empty line or Ctrl-C ends.")
-    while prompt := input("\n> "):
-        show(prompt)
 
 
 if __name__ == "__main__":

@@ -16,13 +16,14 @@ import signal
 import sys
 import time
 from dataclasses import asdict, dataclass, replace
-from datetime import timedelta
 from functools import lru_cache, partial
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.distributed as dist
+from torch.utils._pytree import tree_map
+from torch.utils.benchmark import Timer
 
 import convert
 from convert import flag
@@ -65,11 +66,10 @@ class Settings:
     dtype: str = flag("", "to compute in; empty: bf16 where the device is good at it", None, ("bf16", "fp32"))
     compile: bool = flag(False, "compile the blocks with torch.compile")
     checkpointing: bool = flag(False, "keep one state per layer, run the layer again in backward: less memory")
+    shard: bool = flag(False, "with torchrun: each process holds a share of weights, gradients and moments (FSDP)")
 
 
-@lru_cache(maxsize=2)
-def shuffled(count, seed, epoch):
-    return np.random.default_rng((seed, epoch)).permutation(count)
+shuffled = lru_cache(maxsize=2)(lambda count, seed, epoch: np.random.default_rng((seed, epoch)).permutation(count))
 
 
 def micro_batch(tokens, s, i):
@@ -83,9 +83,8 @@ def micro_batch(tokens, s, i):
 def learning_rate(s, step):
     """Linear warm-up to s.lr, then a cosine down to a tenth of it."""
     warmup = min(s.warmup, s.steps // 10)
-    if step < warmup:
-        return s.lr * (step + 1) / warmup
-    return s.lr * (0.55 + 0.45 * math.cos(math.pi * (step - warmup) / max(1, s.steps - warmup)))
+    decay = 0.55 + 0.45 * math.cos(math.pi * max(0, step - warmup) / max(1, s.steps - warmup))
+    return s.lr * min(decay, (step + 1) / max(1, warmup))
 
 
 def make_optimizer(model, s):
@@ -114,6 +113,37 @@ def computing_copy(model, dtype):
     return fast
 
 
+def shard(model, device, dtype):
+    """Spread each part over the processes (FSDP2): it is put together, in `dtype`, while it runs; float32 gradients go
+    to their shares with each backward, so that no process ever holds all. → (tensor, like p) → its share of it."""
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+    from torch.distributed.tensor import distribute_tensor
+
+    policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, output_dtype=dtype)
+    mesh = dist.init_device_mesh(device.type, (dist.get_world_size(),))
+    ends = (part for part in model.children() if not isinstance(part, torch.nn.ModuleList))
+    for part in (*ends, *model.layers(), model):
+        fully_shard(part, mesh=mesh, mp_policy=policy)
+    register_fsdp_forward_method(model, "encode")
+    return lambda x, p: distribute_tensor(x, p.device_mesh, p.placements)
+
+
+def step_flops(model, s, drawn):
+    """Floating-point operations of a step, on paper (§3.2). A matrix costs 2 per weight and token forward, and 4 more
+    backward; attention to T/2 tokens before, two products of 2 operations: 2 T n hd. The encoder and the passes up to
+    the last drawn one run forward, the drawn ones and their decoders also backward, and a decoder for each loss before,
+    unless the step before has it. What is computed again in backward does not count."""
+    c, parts = model.config, (model.reasoning[0], model.lm_head, model.gate)
+    layer, head, gate = (2 * sum(p.numel() for p in part.parameters() if p.dim() > 1) for part in parts)
+    layer += 2 * s.context * c.n_head * c.head_dim
+    encoders, passes = (3 if s.trains == "all" and 0 in drawn else 1), s.through * (max(drawn) + 1 + 2 * len(drawn))
+    decoders = 4 * len(drawn) - (s.update == "batch") * sum(b - 1 in drawn for b in drawn)
+    if s.objective == "lm":
+        encoders, passes, decoders, gate = 3, 3, 3, 0
+    layers = encoders * c.encoder_layers + passes * c.reasoning_layers + decoders * c.decoder_layers
+    return (layers * layer + passes * gate + decoders * head) * s.accumulate * s.batch * s.context
+
+
 def train(s):
     """One run of `s` from s.init to a checkpoint in s.out/step-…; → the directory of that checkpoint."""
     if s.supervised > s.max_loops // s.through:
@@ -124,38 +154,46 @@ def train(s):
     if s.accumulate % world:
         raise InputError(f"--accumulate={s.accumulate} micro-batches cannot be shared by {world} processes evenly")
     (device, dtype), out = convert.pick_device(s.device, s.dtype), Path(s.out)
-    found = sorted(out.glob(f"{convert.STEP}/optimizer.pt"))
-    if s.resume and not found:
-        raise InputError(f"--resume: {out} holds no checkpoint to go on from; start without --resume")
+    found, saved = sorted(out.glob(f"{convert.STEP}/optimizer.pt")), None
     if found and not s.resume:
         raise InputError(f"{out} already holds a run, at {found[-1].parent.name}: --resume it, or name another --out")
+    while found and not saved:
+        try:
+            convert.tensor_files(found[-1].parent)
+            saved = torch.load(found[-1], map_location="cpu", weights_only=True)
+        except Exception as e:  # of many kinds, with long explanations
+            print(f"{found.pop().parent} is damaged ({type(e).__name__}): trying the one before", file=sys.stderr)
+    if s.resume and not (saved and saved["step"] <= s.steps):
+        state = f"is at step {saved['step']} already, beyond --steps={s.steps}" if saved else "holds no checkpoint"
+        raise InputError(f"--resume: {out} {state}; start without --resume, or name another --out")
     torch.manual_seed(s.seed)
-    src = found[-1].parent if found else s.init
+    src, sharded = found[-1].parent if saved else s.init, s.shard and world > 1
     if world > 1:  # the first process fetches it, the others wait
         src = src if rank > 0 else convert.resolve(src)
         dist.barrier()
     cuts = dict(encoder_layers=s.encoder_layers, decoder_layers=s.decoder_layers, gate_start=s.gate_start)
-    model, tokenizer = convert.load(src, device, **cuts)
+    model, tokenizer = convert.load(src, "cpu" if sharded else device, **cuts)
     if s.context > model.config.block_size:
         raise InputError(f"--context={s.context} is more than the model's {model.config.block_size}: give at most that")
     tokens, held_out = convert.load_data(s.data, s.val, tokenizer)
     windows(tokens, s.context, 1)  # raises where there is too little to train on
     sequences, first, skipped = windows(held_out, s.context, s.eval_tokens), 0, 0
+    share = shard(model, device, dtype) if sharded else None
     optimizer = make_optimizer(model, s)
-    if found:
-        try:
-            saved = torch.load(found[-1], map_location=device, weights_only=True)
-        except Exception as e:  # of many kinds, with long explanations
-            raise InputError(f"{found[-1]} is damaged ({type(e).__name__}): remove its directory and resume") from None
+    if saved:
+        params = [p for group in optimizer.param_groups for p in group["params"]]
+        for i, of in saved["optimizer"]["state"].items() if sharded else ():
+            of.update({key: share(x, params[i]) for key, x in of.items() if x.dim() > 0})
         optimizer.load_state_dict(saved["optimizer"])
-        first, skipped = saved["step"], saved.get("skipped", 0)
-    if first > s.steps:
-        raise InputError(f"{out} is at step {first} already, beyond --steps={s.steps}: name another --out")
-    fast = model if dtype == torch.float32 else computing_copy(model, dtype)
+        first, skipped = saved["step"], saved["skipped"]
+    fast = model if dtype == torch.float32 or sharded else computing_copy(model, dtype)
     fast.checkpointing = s.checkpointing
     for block in fast.layers() if s.compile else ():
         block.compile()
-    trained = [(p, q) for p, q in zip(model.parameters(), fast.parameters()) if p.requires_grad]
+    n = 8192 if device.type == "cuda" else 1024
+    a = torch.randn(n, n, device=device, dtype=dtype)
+    product = Timer("a @ a", globals=dict(a=a), num_threads=torch.get_num_threads())
+    peak, flops = 2 * n**3 / min(product.timeit(1).mean for _ in range(5)), 0
     out.mkdir(parents=True, exist_ok=True)
     log = open(out / "log.jsonl" if rank == 0 else os.devnull, "a", 1, encoding="utf-8")
 
@@ -164,6 +202,10 @@ def train(s):
         if world > 1:
             dist.all_reduce(x)
         return x
+
+    def whole(x):  # all processes put together what they share, the first one keeps it
+        x = x.full_tensor().cpu() if hasattr(x, "full_tensor") else x
+        return x if rank == 0 else None
 
     def report(step, **values):
         parts = (f"{k} {v:.5g}" if isinstance(v, float) else f"{k} {v}" for k, v in values.items())
@@ -176,28 +218,27 @@ def train(s):
         report(step, held_out={b: round(loss, 5) if math.isfinite(loss) else None for b, loss in losses.items()})
 
     def checkpoint(step):
-        directory = out / f"step-{step:07d}"
+        directory, state = out / f"step-{step:07d}", dict(step=step, skipped=skipped, optimizer=optimizer.state_dict())
+        weights, state = tree_map(whole, (dict(model.state_dict()), state))
         if rank == 0:
             settings = json.dumps(asdict(s), indent=2)
-            state = dict(step=step, skipped=skipped, optimizer=optimizer.state_dict())
             more = {"settings.json": lambda path: path.write_text(settings), "optimizer.pt": partial(torch.save, state)}
-            convert.save(model, tokenizer, directory, **more)
+            convert.save(model, tokenizer, directory, weights=weights, **more)
             if s.objective == "loop":
                 (convert.cache_dir() / "last").write_text(str(directory.resolve()))
             for old in set(out.glob("step-*")) - set(sorted(out.glob(convert.STEP))[-s.keep :]):
                 shutil.rmtree(old)
-        return directory
 
     def update():
         """Take the optimizer's step, unless the gradient is not finite. → how many were left out in a row, its norm"""
-        for p in (p for p, _ in trained if world > 1 and p.grad is not None):
+        for p in (p for p in model.parameters() if world > 1 and not sharded and p.grad is not None):
             p.grad = summed(p.grad) / world
-        norm = torch.nn.utils.clip_grad_norm_([p for p, _ in trained], 1.0).item()
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        norm = (norm.full_tensor() if sharded else norm).item()
         if math.isfinite(norm):
             optimizer.step()
-            with torch.no_grad():
-                for p, q in trained if fast is not model else ():
-                    q.copy_(p)
+            if fast is not model:
+                fast.load_state_dict(model.state_dict())
         elif skipped == 4:
             raise InputError(f"no finite gradient in 5 steps to {step + 1}: lower --lr; {out} keeps its checkpoints")
         optimizer.zero_grad()
@@ -218,11 +259,14 @@ def train(s):
             group["lr"] = rate * group["scale"]
         # K of B; the same for all micro-batches of a step, so that processes keep pace
         drawn = random.Random(f"depths {s.seed} {step}").sample(range(s.max_loops // s.through), s.supervised)
-        terms, done = torch.zeros(3, device=device), 0
+        terms, done, flops = torch.zeros(3, device=device), 0, flops + step_flops(model, s, drawn) / world
         for micro in range(step * s.accumulate + rank, (step + 1) * s.accumulate, world):
-            stop = summed(torch.tensor(len(asked), device=device)) if world > 1 else len(asked)
+            stop = summed(torch.tensor(len(asked)))  # on the CPU: the device need not come to a halt for it
             if stop > 0 and (done == 0 or s.update == "batch"):  # not where part of a step has changed the weights
-                break
+                if step > first:
+                    checkpoint(step)
+                stopped = f"stopped by {' '.join(asked[:1])} after step {step}; --resume --out={out} goes on"
+                sys.exit(stopped if rank == 0 else 1)
             x, y = (part.to(device) for part in micro_batch(tokens, s, micro))
             if s.objective == "loop":
                 steps = deep_supervision(fast, x, y, drawn, s.through, s.confidence == "sequence", s.update == "depth")
@@ -235,24 +279,20 @@ def train(s):
                 if done % each == 0:
                     skipped, norm = update()
             convert.progress(f"step {step + 1}", done, count)
-        if done < count:  # asked to stop: as if this step had not begun
-            if step > first:
-                checkpoint(step)
-            stopped = f"stopped by {' '.join(asked[:1])} after step {step}; --resume --out={out} goes on"
-            sys.exit(stopped if rank == 0 else 1)
         if (step + 1) % s.log_every == 0 or step in (first, s.steps - 1) or skipped:
             (lm, mono, q), now = (summed(terms) / world).tolist(), time.time()
             speed = (step + 1 - logged) * s.accumulate * s.batch * s.context / (now - last)
             values = dict(lm=lm, mono=mono, q=q, lr=rate, grad_norm=norm, left_out=skipped, tokens_per_second=speed)
+            values |= dict(mfu=flops / (now - last) / peak)
             report(step + 1, **values, seconds_left=int((now - begun) / (step + 1 - first) * (s.steps - step - 1)))
-            last, logged = now, step + 1
-        if (step + 1) % s.eval_every == 0 and step + 1 < s.steps:
+            last, logged, flops = now, step + 1, 0
+        if (step + 1) % s.eval_every == 0 or step + 1 == s.steps:
             checkpoint(step + 1)
-    directory = checkpoint(s.steps)
+    directory = out / f"step-{s.steps:07d}"
     signal.signal(signal.SIGINT, signal.default_int_handler)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     evaluate(s.steps)
-    spent = f"{timedelta(seconds=int(time.time() - begun))}, peak memory {convert.peak_memory(device):.2f} GB"
+    spent = f"{(time.time() - begun) / 60:.1f} minutes, peak memory {convert.peak_memory(device):.2f} GB"
     print(f"{s.objective}: {spent}, written to {directory}", flush=True)
     return directory
 
@@ -292,7 +332,7 @@ def story(given):
             print(f"{name:8} {f'{depth} passes' if depth else 'unlooped':20} {loss:.4f}", flush=True)
     stats = exit_stats(model, sequences, 8, Halt(), 16)
     print(f"looped   {stats['mean_passes']:.2f} passes, by exit {stats['loss']:.4f}")
-    print(f"\nThat took {timedelta(seconds=int(time.time() - begun))}. Now try: python sample.py --max_loops=8")
+    print(f"\nThat took {(time.time() - begun) / 60:.1f} minutes. Now try: python sample.py --max_loops=8")
 
 
 def stage(title, s):

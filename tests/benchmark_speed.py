@@ -75,19 +75,6 @@ def size_of(modules):
     return sum(p.numel() * p.element_size() for m in modules for p in m.parameters())
 
 
-def step_flops(c, tokens, context, drawn):
-    """Floating-point operations of a training step, on paper. A matrix costs 2 per weight and token forward, 4 more
-    backward; attention to T/2 tokens before, two products of 2 operations: 2 T n hd. The encoder and the passes up to
-    the last drawn one run forward, the drawn ones and their decoders also backward, and a decoder for each loss
-    before, unless the step before has it. What is computed again in backward does not count."""
-    weights = c.n_embd * (2 * c.head_dim * (c.n_head + c.n_kv_head) + c.n_inner * (3 if c.mlp == "swiglu" else 2))
-    layer = 2 * weights + 2 * context * c.n_head * c.head_dim
-    decoder = c.decoder_layers * layer + 2 * c.n_embd * c.vocab_size
-    one = c.reasoning_layers * layer + 4 * c.n_embd * -(-c.n_embd // 16)
-    decoded = 4 * len(drawn) - sum(b - 1 in drawn for b in drawn)
-    return tokens * (c.encoder_layers * layer + (max(drawn) + 1 + 2 * len(drawn)) * one + decoded * decoder)
-
-
 def plainly(model, x, y, drawn):
     """A training step as one would first write it."""
     with torch.no_grad():
@@ -112,7 +99,8 @@ def measure_training(s):
     """One row: seconds and achieved fraction of the machine's best matrix product, for s.way."""
     device, dtype = convert.pick_device(s.device, "fp32" if s.way in ("plain", "fp32") else "bf16")
     model, _ = convert.load(s.init, device, encoder_layers=s.encoder_layers, decoder_layers=s.decoder_layers)
-    optimizer = train.make_optimizer(model, train.Settings(objective="loop"))
+    settings = train.Settings(batch=s.batch, accumulate=1, context=s.context)
+    optimizer = train.make_optimizer(model, settings)
     plain = s.way.startswith("plain")
     fast = model if plain or dtype == torch.float32 else train.computing_copy(model, dtype)
     fast.checkpointing = s.way.endswith("checkpointing")
@@ -142,7 +130,7 @@ def measure_training(s):
             torch.cuda.synchronize()
         if i > 0:  # the first one compiles
             spent += time.perf_counter() - begun
-            flops += step_flops(model.config, tokens, s.context, drawn)
+            flops += train.step_flops(model, settings, drawn)
     steps, memory = len(rounds) - 1, convert.peak_memory(device)
     print(
         f"{s.way:20} {spent / steps:8.2f} {tokens * steps / spent:10.0f} {flops / steps / 1e12:8.3f}"

@@ -435,9 +435,9 @@ def test_sentencepiece_puts_a_space_where_the_file_says():
     for scheme, spaced in wanted.items():
         spec = golden_spec("llama2") | dict(normalizer=None, pre_tokenizer=words | dict(prepend_scheme=scheme))
         tokenizer = convert.Tokenizer(spec)
-        assert tokenizer.decode_bytes(tokenizer.encode(text)).decode() == spaced
+        assert b"".join(tokenizer.bytes_of[i] for i in tokenizer.encode(text)).decode() == spaced
     tokenizer = convert.Tokenizer(golden_spec("llama2"))  # the older kind puts one before every part
-    assert tokenizer.decode_bytes(tokenizer.encode(text)).decode() == " the<s> the <s>  the"
+    assert b"".join(tokenizer.bytes_of[i] for i in tokenizer.encode(text)).decode() == " the<s> the <s>  the"
     assert tokenizer.decode(tokenizer.encode("the")) == "the"
 
 
@@ -522,6 +522,21 @@ def test_pieces_do_not_change_the_tokens(tmp_path, family):
     assert len(passages) > 50 or tokenizer.prefix and len(passages) == 1
     assert "".join(passages) == text
     assert [i for passage in passages for i in tokenizer.encode(passage)] == tokenizer.encode(text)
+
+
+def test_of_messages_what_the_assistant_says_is_learned(tmp_path):
+    tokenizer, path = convert.byte_tokenizer(), tmp_path / "chats.jsonl"
+    turns = [dict(role="user", content="2+2?"), dict(role="assistant", content="4"), dict(role="user", content="ok")]
+    path.write_text(json.dumps(dict(messages=turns)) + "\n" + json.dumps(dict(text="plain")) + "\n")
+    tokens = convert.load_tokens([path], tokenizer)
+    x, y = convert.rows(tokens, [0], len(tokens) - 1)
+    said = "<|im_start|>user\n2+2?<|im_end|>\n<|im_start|>assistant\n4<|im_end|>\n<|im_start|>user\nok<|im_end|>\n"
+    assert tokenizer.decode(x[0].tolist()) == said + "<|endoftext|>plain"
+    assert tokenizer.decode([i for i in y[0].tolist() if i >= 0]) == "4<|im_end|>plain<|endoftext|>"
+    assert y[0, said.index("4") - 1] == ord("4")
+    path.write_text(json.dumps(dict(messages=[dict(role="assistant", content=None)])))
+    with pytest.raises(InputError, match="chats.jsonl is not UTF-8 text, or lines"):
+        convert.load_tokens([path], tokenizer)
 
 
 def test_parquet_and_the_line_without_pyarrow(tmp_path, monkeypatch):

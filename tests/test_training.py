@@ -2,12 +2,14 @@
 
 import json
 import random
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from conftest import random_model
+from torch.utils.flop_counter import FlopCounterMode
 
 import convert
 import train
@@ -267,6 +269,28 @@ def test_every_window_once_per_epoch_in_an_order_of_seed_and_number():
     assert not torch.equal(x, train.micro_batch(tokens, Settings(batch=2, context=10, seed=1), 3)[0])
 
 
+@pytest.mark.parametrize("trains, through, drawn", [("middle", 1, [1, 3]), ("middle", 2, [2, 1]), ("all", 1, [0])])
+def test_operations_on_paper_are_those_that_run(trains, through, drawn):
+    """Against torch's count of matrix products, in which the logits are made again in backward."""
+    model, (x, y) = random_model("llama"), batch()
+    s = Settings(batch=2, accumulate=1, context=12, trains=trains, through=through)
+    again = 24 * 2 * model.lm_head.weight.numel()
+    train.make_optimizer(model, s)
+    with FlopCounterMode(display=False) as counter:
+        for step in deep_supervision(model, x, y, drawn, through):
+            sum(step).backward()
+    loop = counter.get_total_flops() - len(drawn) * again
+    train.make_optimizer(model, replace(s, objective="lm"))
+    with FlopCounterMode(display=False) as counter:
+        model.loss(model.propose(model.encode(x)), y)[0].backward()
+    lm = counter.get_total_flops() - again
+    whole = [train.step_flops(model, settings, drawn) for settings in (s, replace(s, objective="lm"))]
+    heads, model.config.n_head = model.config.n_head, 0  # torch does not count this attention
+    matrices = [train.step_flops(model, settings, drawn) for settings in (s, replace(s, objective="lm"))]
+    assert abs(loop / matrices[0] - 1) < 0.005 and abs(lm / matrices[1] - 1) < 0.005
+    assert whole[1] - matrices[1] == 3 * 5 * 24 * 2 * 12 * heads * 8  # 2 T n hd per token and layer, thrice
+
+
 def test_learning_rate_warms_up_and_decays():
     s = Settings(lr=1.0, steps=1000, warmup=100)
     rates = [train.learning_rate(s, i) for i in range(1000)]
@@ -303,7 +327,8 @@ def test_log_has_what_was_asked_for(checkpoint, tmp_path):
     rows = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
     steps = [r for r in rows if "lm" in r]
     assert [r["step"] for r in steps] == [1, 2, 3, 4, 5, 6]
-    assert {"lm", "mono", "q", "lr", "grad_norm", "tokens_per_second", "seconds_left"} <= steps[0].keys()
+    assert {"lm", "mono", "q", "lr", "grad_norm", "tokens_per_second", "mfu", "seconds_left"} <= steps[0].keys()
+    assert all(0 < r["mfu"] < 1 for r in steps)
     evaluations = [r["held_out"] for r in rows if "held_out" in r]
     assert len(evaluations) == 3 and list(evaluations[0]) == ["0", "1", "2", "4", "8"]
     assert evaluations[-1]["1"] < evaluations[0]["1"]
