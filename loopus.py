@@ -113,7 +113,7 @@ def span(config, start, T, device, size=None, rows=None):
 def rotate(x, cos, sin):
     """Turn each pair of channels (i, i + d/2) of the first d of x (B, T, n, hd) by its position's angle."""
     half = cos.size(-1)
-    x1, x2, rest = x[..., :half], x[..., half : 2 * half], x[..., 2 * half :]
+    x1, x2, rest = x.split((half, half, x.size(-1) - 2 * half), dim=-1)
     return torch.cat((x1 * cos - x2 * sin, x2 * cos + x1 * sin, rest), dim=-1).type_as(x)
 
 

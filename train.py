@@ -115,7 +115,7 @@ def computing_copy(model, dtype):
 
 def shard(model, device, dtype):
     """Spread each part over the processes (FSDP2): it is put together, in `dtype`, while it runs; float32 gradients go
-    to their shares with each backward, so that no process ever holds all. → (tensor, like p) → its share of it."""
+    to their shares with each backward, so that none holds them all. → share(x, p), of x that belongs to parameter p."""
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
     from torch.distributed.tensor import distribute_tensor
 
@@ -185,14 +185,14 @@ def train(s):
         for i, of in saved["optimizer"]["state"].items() if sharded else ():
             of.update({key: share(x, params[i]) for key, x in of.items() if x.dim() > 0})
         optimizer.load_state_dict(saved["optimizer"])
-        first, skipped = saved["step"], saved["skipped"]
+        first, skipped = saved["step"], saved.get("skipped", 0)
     fast = model if dtype == torch.float32 or sharded else computing_copy(model, dtype)
     fast.checkpointing = s.checkpointing
     for block in fast.layers() if s.compile else ():
         block.compile()
     n = 8192 if device.type == "cuda" else 1024
-    a = torch.randn(n, n, device=device, dtype=dtype)
-    product = Timer("a @ a", globals=dict(a=a), num_threads=torch.get_num_threads())
+    setup = "a = torch.randn(n, n, device=device, dtype=dtype)"
+    product = Timer("a @ a", setup, globals=dict(n=n, device=device, dtype=dtype), num_threads=torch.get_num_threads())
     peak, flops = 2 * n**3 / min(product.timeit(1).mean for _ in range(5)), 0
     out.mkdir(parents=True, exist_ok=True)
     log = open(out / "log.jsonl" if rank == 0 else os.devnull, "a", 1, encoding="utf-8")

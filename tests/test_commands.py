@@ -334,6 +334,36 @@ def test_two_processes_are_one(checkpoint, tmp_path):
                 torch.testing.assert_close(other[key], final[key], atol=1e-4, rtol=1e-3)
 
 
+SHARE = """
+import torch.distributed as dist, torch, train
+from conftest import random_model
+from loopus import deep_supervision
+dist.init_process_group()
+model = random_model("llama")
+whole = sum(p.numel() for p in model.parameters())
+train.shard(model, torch.device("cpu"), torch.bfloat16)
+optimizer = train.make_optimizer(model, train.Settings(trains="all"))
+x = torch.randint(0, 257, (2, 12))
+for terms in deep_supervision(model, x, x, [0, 2]):
+    assert all(term.dtype == torch.float32 for term in terms)
+    sum(terms).backward()
+for held in (model.parameters(), (p.grad for p in model.parameters())):
+    parts = [part.to_local() for part in held]
+    assert all(part.dtype == torch.float32 for part in parts)
+    assert abs(sum(part.numel() for part in parts) / whole - 0.5) < 0.01
+"""
+
+
+@pytest.mark.slow
+def test_each_process_holds_its_share(tmp_path):
+    """Of two, half of the float32 weights and gradients, while passes run in bf16."""
+    (tmp_path / "share.py").write_text(SHARE)
+    launch = ["-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=29518", str(tmp_path / "share.py")]
+    paths = os.environ | dict(PYTHONPATH=f"{ROOT}{os.pathsep}{ROOT / 'tests'}")
+    ended = subprocess.run([sys.executable, *launch], cwd=ROOT, capture_output=True, text=True, env=paths)
+    assert ended.returncode == 0, ended.stderr
+
+
 def test_no_finite_gradient_and_damage_end_in_one_line(command, checkpoint, tmp_path):
     directory, text = checkpoint
     run = ["--dtype=fp32", f"--out={tmp_path / 'run'}"]
