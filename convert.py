@@ -666,10 +666,8 @@ def pick_device(name, dtype):
 
 def peak_memory(device):
     """Most memory that this process has held, in GB: of the GPU, or its resident set."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated() / 1e9
-    if sys.platform == "win32":
-        return float("nan")
+    if device.type == "cuda" or sys.platform == "win32":  # which does not tell
+        return torch.cuda.max_memory_allocated() / 1e9 or float("nan")
     import resource
 
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 1e9

@@ -349,12 +349,14 @@ def main():
         given = (json.loads(saved[-1].read_text()) if saved else {}) | given
     if not (given.get("init") or given.get("resume")):
         return story(given)
-    if "RANK" in os.environ:  # started by torchrun; the first process speaks for all
-        if torch.cuda.is_available():
-            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-        dist.init_process_group()
-        sys.stdout = sys.stdout if dist.get_rank() == 0 else open(os.devnull, "w")
+    if "RANK" not in os.environ:
+        return train(Settings(**given))
+    if torch.cuda.is_available():  # started by torchrun; the first process speaks for all
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    dist.init_process_group()
+    sys.stdout = sys.stdout if dist.get_rank() == 0 else open(os.devnull, "w")
     train(Settings(**given))
+    os._exit(0)  # all is written; taking down the threads of torch.distributed sometimes ends in an abort
 
 
 if __name__ == "__main__":
