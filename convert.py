@@ -20,7 +20,7 @@ from argparse import SUPPRESS, ArgumentParser, BooleanOptionalAction
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, fields, replace
 from functools import lru_cache, partial
-from itertools import islice
+from itertools import islice, takewhile
 from pathlib import Path
 
 import numpy as np
@@ -352,10 +352,9 @@ def fetch(url, name, directory, optional=False):
 GPT2_SPLIT = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 # The same after every digit has been set apart: a run of spaces then also ends, whole, before a digit.
 DIGITS_SPLIT = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+|\s+(?![^\s\p{N}])|\s+"
-SPACE = "▁"  # what sentencepiece writes for a space
+SPACE, NFC = "▁", dict(type="NFC")  # what sentencepiece writes for a space; the normalizer that others may have
 WORDS, WHOLE = r" +[^ ]*|[^ ]+", r"[\s\S]+"  # sentencepiece: text as words, or where tokens join words as a whole
 PREPEND = [dict(type="Prepend", prepend=SPACE), dict(type="Replace", pattern=dict(String=" "), content=SPACE)]
-PREPEND, NFC = dict(type="Sequence", normalizers=PREPEND), dict(type="NFC")
 # Byte-level BPE writes bytes as printable characters: the visible ones of Latin-1 as they are.
 VISIBLE = [*range(33, 127), *range(161, 173), *range(174, 256)]
 ALPHABET = {b: chr(b) for b in VISIBLE} | {b: chr(256 + i) for i, b in enumerate(sorted({*range(256)} - {*VISIBLE}))}
@@ -410,8 +409,8 @@ class Tokenizer:
                 self.bytes_of[ids[0]] = data
         after = spec.get("post_processor") or {}
         template = next((step for step in after.get("processors", [after]) if "special_tokens" in step), {})
-        first = template.get("single", [{}])[0].get("SpecialToken")
-        self.begin = template["special_tokens"][first["id"]]["ids"] if first else []
+        before = takewhile(lambda item: "SpecialToken" in item, template.get("single", ()))
+        self.begin = [i for item in before for i in template["special_tokens"][item["SpecialToken"]["id"]]["ids"]]
         ends = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<|im_end|>")
         self.end_of_text = next((self.added[name] for name in ends if name in self.added), None)
 
@@ -443,17 +442,16 @@ class Tokenizer:
 
 
 def text_style(spec, model, where):
-    """→ (regular expression that cuts text before BPE, where sentencepiece puts a space: before each part, always (or
-    there is one), first, never; byte-level BPE: "")."""
+    """→ (what cuts text before BPE, where sentencepiece puts a space: each part, always, first, never; others: "")."""
     normalizer, splitter = spec.get("normalizer"), spec.get("pre_tokenizer") or dict(type="none")
     steps = splitter["pretokenizers"] if splitter["type"] == "Sequence" else [splitter]
-    joined = any(re.search(f"[^{SPACE}]{SPACE}", token) for token in model["merged"])  # tokens reach across words
+    words = WHOLE if any(re.search(f"[^{SPACE}]{SPACE}", token) for token in model["merged"]) else WORDS
     plain, level = normalizer in (None, NFC), dict(type="ByteLevel", use_regex=True, add_prefix_space=False).items()
     match model.get("byte_fallback") or model.get("type", "BPE"), [dict(level) | step for step in steps]:
-        case True, [{"type": "none"}] if normalizer == PREPEND:
-            return WHOLE if joined else WORDS, "each"
+        case True, [{"type": "none"}] if normalizer == dict(type="Sequence", normalizers=PREPEND):
+            return words, "each"
         case True, [{"type": "Metaspace", "split": False}] if normalizer is None:
-            return WHOLE if joined else WORDS, steps[0].get("prepend_scheme", "always")
+            return words, steps[0].get("prepend_scheme", "always")
         case "BPE", [step] if plain and step.items() >= level:
             return GPT2_SPLIT, ""
         case "BPE", [{"type": "Digits", "individual_digits": True}, step] if plain and step.items() >= level:
@@ -551,8 +549,10 @@ def passages(path, tokenizer):
         else:
             texts = [path.read_text(encoding="utf-8")]
         for text in texts:
-            pieces = tokenizer.pieces.findall(text) if isinstance(text, str) else tokenizer.chat(text)
-            yield from (tokenizer.begin, *pieces, end if isinstance(text, str) else [~i for i in end])
+            if isinstance(text, str):
+                yield from (tokenizer.begin, *tokenizer.pieces.findall(text), end)
+            else:
+                yield from ([~i for i in tokenizer.begin], *tokenizer.chat(text), [~i for i in end])
     except ImportError:
         raise InputError(f"{path}: reading parquet needs pyarrow: pip install pyarrow") from None
     except (ValueError, LookupError, TypeError) as e:

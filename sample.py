@@ -75,8 +75,7 @@ def trace(model, tokenizer, prompt, ids, s):
         return "  ".join(f"{word!r} {p:.3f}" for word, p in zip(words, top.values.tolist()))
 
     h = model.encode(ids)
-    print(f"{'pass':>4}  {'q':>5}  {'step':>8}  {'α':>5}  candidates")
-    print(f"base{'':24}{candidates(model.propose(h))}")
+    print(f"pass  {'q':>5}  {'step':>8}  {'α':>5}  candidates\nbase{'':24}{candidates(model.propose(h))}")
     halt, doubt, stopped = Halt(s.halt, s.threshold, s.epsilon, s.min_loops), torch.zeros_like(h[..., 0]).float(), 0
     for b in range(1, s.max_loops + 1):
         proposed = model.propose(h)

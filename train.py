@@ -10,6 +10,7 @@ import copy
 import json
 import math
 import os
+import pickle
 import random
 import shutil
 import signal
@@ -161,7 +162,7 @@ def train(s):
         try:
             convert.tensor_files(found[-1].parent)
             saved = torch.load(found[-1], map_location="cpu", weights_only=True)
-        except Exception as e:  # of many kinds, with long explanations
+        except (InputError, RuntimeError, EOFError, LookupError, pickle.UnpicklingError) as e:
             print(f"{found.pop().parent} is damaged ({type(e).__name__}): trying the one before", file=sys.stderr)
     if s.resume and not (saved and saved["step"] <= s.steps):
         state = f"is at step {saved['step']} already, beyond --steps={s.steps}" if saved else "holds no checkpoint"

@@ -301,6 +301,23 @@ def test_killed_again_and_again_it_is_the_run_that_never_was(checkpoint, tmp_pat
         assert sorted(d.name for d in run.glob("step-*")) == ["step-0000038", "step-0000040"]
 
 
+LAUNCH = """
+import os, pathlib, torch.distributed as dist, convert, train
+seen, shard, all_reduce, leave = dict(sharded=0, summed=0), train.shard, dist.all_reduce, os._exit
+def sharded(*arguments):
+    seen["sharded"] += 1
+    return shard(*arguments)
+def summed(x):
+    seen["summed"] += x.numel() > 3  # a gradient, not a figure
+    return all_reduce(x)
+def end(code):
+    pathlib.Path(__file__).with_suffix(".seen" + os.environ["RANK"]).write_text(repr(seen))
+    leave(code)
+train.shard, dist.all_reduce, os._exit = sharded, summed, end
+convert.run(train.main)
+"""
+
+
 @pytest.mark.slow
 def test_two_processes_are_one(checkpoint, tmp_path, command):
     """The same losses and weights from one process and two, plain and sharded; each goes on from the other's."""
@@ -308,23 +325,29 @@ def test_two_processes_are_one(checkpoint, tmp_path, command):
     def run(name, count, *more):
         flags = [f"--out={tmp_path / name}", *more]
         launch = [
-            sys.executable,
             "-m",
             "torch.distributed.run",
             "--nproc_per_node=2",
             "--master_port=29517",
-            "train.py",
+            str(tmp_path / "launch.py"),
         ]
         if count == 1:
             code, _, err = command(train, *flags)
         else:
-            ended = subprocess.run([*launch, *flags], cwd=ROOT, capture_output=True, text=True)
+            ended = subprocess.run(
+                [sys.executable, *launch, *flags], cwd=ROOT, capture_output=True, text=True, env=paths
+            )
             code, err = ended.returncode, ended.stderr
+            seen = eval((tmp_path / "launch.seen1").read_text())
+            assert seen["sharded"] == ("--shard" in more)  # gradients: once per optimizer step, or each to its share
+            assert 0 < seen["summed"] <= 4 * parameters or seen["sharded"] and seen["summed"] == 0
         assert code == 0 and "Warning" not in err, err
         lines = (tmp_path / name / "log.jsonl").read_text().splitlines()
         return [row for row in map(json.loads, lines) if "lm" in row], weights(tmp_path / name)
 
     directory, text = checkpoint
+    (tmp_path / "launch.py").write_text(LAUNCH)
+    parameters, paths = len(convert.load(directory)[0].state_dict()), os.environ | dict(PYTHONPATH=str(ROOT))
     flags = [f"--init={directory}", f"--data={text}", *SMALL, "--accumulate=4", "--log_every=1", "--dtype=fp32"]
     flags += ["--trains=all"]  # the encoder: in some steps only
     runs = dict(one=run("one", 1, *flags), two=run("two", 2, *flags), shard=run("shard", 2, *flags, "--shard"))

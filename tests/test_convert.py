@@ -534,6 +534,8 @@ def test_of_messages_what_the_assistant_says_is_learned(tmp_path):
     assert tokenizer.decode(x[0].tolist()) == said + "<|endoftext|>plain"
     assert tokenizer.decode([i for i in y[0].tolist() if i >= 0]) == "4<|im_end|>plain<|endoftext|>"
     assert y[0, said.index("4") - 1] == ord("4")
+    tokenizer.begin = [254, 255]  # is read and not learned, as the end of a conversation is
+    assert next(convert.passages(path, tokenizer)) == [~254, ~255]
     path.write_text(json.dumps(dict(messages=[dict(role="assistant", content=None)])))
     with pytest.raises(InputError, match="chats.jsonl is not UTF-8 text, or lines"):
         convert.load_tokens([path], tokenizer)

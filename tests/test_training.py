@@ -269,15 +269,23 @@ def test_every_window_once_per_epoch_in_an_order_of_seed_and_number():
     assert not torch.equal(x, train.micro_batch(tokens, Settings(batch=2, context=10, seed=1), 3)[0])
 
 
-@pytest.mark.parametrize("trains, through, drawn", [("middle", 1, [1, 3]), ("middle", 2, [2, 1]), ("all", 1, [0])])
-def test_operations_on_paper_are_those_that_run(trains, through, drawn):
+@pytest.mark.parametrize(
+    "trains, through, drawn, update",
+    [
+        ("middle", 1, [1, 3], "batch"),
+        ("middle", 2, [2, 1], "batch"),
+        ("middle", 1, [2, 1], "depth"),
+        ("all", 1, [0], "batch"),
+    ],
+)
+def test_operations_on_paper_are_those_that_run(trains, through, drawn, update):
     """Against torch's count of matrix products, in which the logits are made again in backward."""
     model, (x, y) = random_model("llama"), batch()
-    s = Settings(batch=2, accumulate=1, context=12, trains=trains, through=through)
+    s = Settings(batch=2, accumulate=1, context=12, trains=trains, through=through, update=update)
     again = 24 * 2 * model.lm_head.weight.numel()
     train.make_optimizer(model, s)
     with FlopCounterMode(display=False) as counter:
-        for step in deep_supervision(model, x, y, drawn, through):
+        for step in deep_supervision(model, x, y, drawn, through, updated=update == "depth"):
             sum(step).backward()
     loop = counter.get_total_flops() - len(drawn) * again
     train.make_optimizer(model, replace(s, objective="lm"))
