@@ -331,12 +331,16 @@ def test_resumed_run_is_the_run_that_was_never_stopped(checkpoint, tmp_path, obj
 
 
 def test_log_has_what_was_asked_for(checkpoint, tmp_path):
-    train.train(small_run(checkpoint, tmp_path / "run"))
+    s = small_run(checkpoint, tmp_path / "run")
+    model, _ = convert.load(train.train(s))
     rows = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
     steps = [r for r in rows if "lm" in r]
     assert [r["step"] for r in steps] == [1, 2, 3, 4, 5, 6]
     assert {"lm", "mono", "q", "lr", "grad_norm", "tokens_per_second", "mfu", "seconds_left"} <= steps[0].keys()
-    assert all(0 < r["mfu"] < 1 for r in steps)
+    drawn = [random.Random(f"depths {s.seed} {r['step'] - 1}").sample(range(4), 2) for r in steps]
+    per_token = [train.step_flops(model, s, some) / (2 * 2 * 32) for some in drawn]
+    peaks = [flops * r["tokens_per_second"] / r["mfu"] for flops, r in zip(per_token, steps)]
+    assert all(0 < r["mfu"] < 1 for r in steps) and max(peaks) < 1.0001 * min(peaks)
     evaluations = [r["held_out"] for r in rows if "held_out" in r]
     assert len(evaluations) == 3 and list(evaluations[0]) == ["0", "1", "2", "4", "8"]
     assert evaluations[-1]["1"] < evaluations[0]["1"]
