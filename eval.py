@@ -1,29 +1,39 @@
 """
-Measure a model on held-out text: the loss in nats per token at every depth and with exit, and its confidence.
+Measure a model: its loss at every depth and with exit, what each layer changes, and how fast it writes and trains.
 
     python eval.py                                the model train.py wrote last, on the text its training held out
     python eval.py --init=gpt2 --data=book.txt    any model, any text
+    python eval.py --task=profile --init=gpt2     what each layer changes, and the losses of neighbouring cuts
     python eval.py --task=speed gpt2              tokens per second; with --train, of training
 """
 
 import json
 import math
-import runpy
+import random
+import re
+import subprocess
 import sys
+import time
+from collections import defaultdict
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 
 import convert
 from convert import flag
-from loopus import Halt, InputError, early_exit
+from loopus import Halt, InputError, deep_supervision, early_exit
+
+DEPTHS = (1, 2, 4, 8)
 
 
 @dataclass
 class Settings(convert.Inference):
     """Held-out loss of a looped model at each depth up to max_loops, and with exit."""
 
+    task: str = flag("loss", "or profile, or speed (see --task=speed --help)", None, ("loss", "profile", "speed"))
     data: str = flag("", "held-out text: file, directory, glob or .bin; empty: what the model's training held out")
     context: int = flag(256, "tokens per sequence", 1)
     batch: int = flag(8, "sequences at a time", 1)
@@ -31,81 +41,537 @@ class Settings(convert.Inference):
     json: bool = flag(False, "print one JSON object instead of the tables")
 
 
-def windows(tokens, context, limit):
-    """At most `limit` tokens as evenly spread, non-overlapping sequences: inputs and next tokens, (n, context) each."""
+# ---- Losses, §4, and passes taken, Fig. 18
+def count_windows(tokens, context, kind):
+    """How many sequences of `context` inputs and next tokens these tokens fill. Raises InputError if none, or if there
+    is nothing to learn in any of them. kind: "training" or "held-out"."""
     count = (len(tokens) - 1) // context
     if count < 1:
-        raise InputError(f"{len(tokens)} tokens of text do not fill one context of {context}: give more text")
-    starts = np.linspace(0, count - 1, max(1, min(count, limit // context))).astype(int) * context
-    return convert.rows(tokens, starts, context)
+        raise InputError(f"{len(tokens)} tokens of {kind} text do not fill one context of {context}: give more text")
+    if not convert.any_learned(tokens[1 : count * context + 1]):
+        raise InputError(f"there is nothing to learn in the {kind} text but in its first token or its rest: give more")
+    return count
+
+
+def windows(tokens, context, limit):
+    """At most `limit` held-out tokens as evenly spread, non-overlapping sequences: inputs and next tokens, (n, context)
+    each. Raises InputError if there are too few tokens, or none that is learned."""
+    count = count_windows(tokens, context, "held-out")
+    wanted = max(1, min(count, limit // context))
+    starts = np.linspace(0, count - 1, wanted).astype(int) * context
+    inputs, targets = convert.rows(tokens, starts, context)
+    if not (targets >= 0).any():
+        place = f"{wanted} of the {count} sequences of {context} held-out tokens"
+        raise InputError(
+            f"there is nothing to learn in {place}: read more of them (--tokens, in training --eval_tokens)"
+        )
+    return inputs, targets
+
+
+def batches(sequences, size, device):
+    """Inputs and targets of `windows`, `size` sequences at a time, without those in which nothing is learned."""
+    for x, y in zip(sequences[0].split(size), sequences[1].split(size)):
+        if (y >= 0).any():
+            yield x.to(device), y.to(device)
 
 
 @torch.no_grad()
 def depth_losses(model, sequences, depths, batch):
     """{passes: mean loss in nats} over sequences of `windows`, for each of `depths`; 0 is the ungated pass."""
-    sums, count = dict.fromkeys(depths, 0.0), (sequences[1] >= 0).sum().item()
-    for x, y in zip(*(part.to(model.wte.weight.device).split(batch) for part in sequences)):
+    sums = dict.fromkeys(depths, 0.0)
+    for x, y in batches(sequences, batch, model.wte.weight.device):
+        learned = (y >= 0).sum().item()
         h = model.encode(x)
-        for b in range(max(depths) + 1):
-            h = model.refine(h) if b > 0 else h
+        if 0 in sums:
+            sums[0] += model.loss(model.propose(h), y)[0].item() * learned
+        for b in range(1, max(depths) + 1):
+            h = model.refine(h)
             if b in sums:
-                sums[b] += model.loss(h if b > 0 else model.propose(h), y)[0].item() * (y >= 0).sum().item()
+                sums[b] += model.loss(h, y)[0].item() * learned
+    count = (sequences[1] >= 0).sum().item()
     return {depth: total / count for depth, total in sums.items()}
 
 
 @torch.no_grad()
 def exit_stats(model, sequences, max_loops, halt, batch):
-    """With confidence exit: mean loss, mean passes, histogram of tokens by their passes 1 … max_loops, and the ECE: how
-    far, in ten bins, confidence and the share of tokens whose likeliest next one was right are apart on average."""
-    loss, passes, gaps, count = 0.0, [], torch.zeros(10), (sequences[1] >= 0).sum().item()
-    for x, y in zip(*(part.to(model.wte.weight.device).split(batch) for part in sequences)):
-        h, taken = early_exit(model, x, max_loops, halt)
-        (mean, right), counts = model.loss(h, y), y >= 0
-        loss += mean.item() * counts.sum().item() / count
-        passes.append(taken[counts].cpu())
-        confidence = torch.sigmoid(model.confidence(h).float())[counts]
-        gaps.index_add_(0, (confidence * 10).long().clamp(max=9).cpu(), (confidence - right[counts].float()).cpu())
-    histogram = torch.bincount(torch.cat(passes), minlength=max_loops + 1)[1:].tolist()
-    mean_passes, ece = torch.cat(passes).float().mean().item(), gaps.abs().sum().item() / count
-    return dict(loss=loss, mean_passes=mean_passes, histogram=histogram, ece=ece)
+    """With exit: mean loss, mean passes, histogram of tokens by their passes 1 … max_loops, and the ECE: how far, in
+    ten bins, confidence and the share of tokens whose likeliest next one was right are apart on average. Raises
+    InputError where a confidence is no number."""
+    total = 0.0
+    depths = []
+    gaps = torch.zeros(10)
+    for x, y in batches(sequences, batch, model.wte.weight.device):
+        h, depth = early_exit(model, x, max_loops, halt)
+        loss, likeliest = model.loss(h, y)
+        right = likeliest == y
+        learned = y >= 0
+        total += loss.item() * learned.sum().item()
+        depths.append(depth[learned].cpu())
+        confidence = torch.sigmoid(model.confidence(h).float())[learned]
+        if confidence.isnan().any():
+            raise InputError("the model's confidence is not a number: are its weights damaged?")
+        bins = (confidence * 10).long().clamp(max=9)
+        gaps.index_add_(0, bins.cpu(), (confidence - right[learned].float()).cpu())
+    depths = torch.cat(depths)
+    return {
+        "loss": total / len(depths),
+        "mean_passes": depths.float().mean().item(),
+        "histogram": torch.bincount(depths, minlength=max_loops + 1)[1:].tolist(),
+        "ece": gaps.abs().sum().item() / len(depths),
+    }
 
 
-def main():
-    if "--task=speed" in sys.argv:  # the benchmark lies beside the tests, and has flags of its own: --task=speed --help
-        sys.argv.remove("--task=speed")
-        return runpy.run_path(__file__.replace("eval.py", "tests/benchmark_speed.py"))["main"]()
-    s = Settings(**convert.parse(Settings))
+class Answer(NamedTuple):
+    """Tokens start … stop − 1 of a document, which answer a question of this kind."""
+
+    kind: str
+    start: int
+    stop: int
+
+
+def read_answers(path, tokenizer):
+    """The documents of a .jsonl file in which each completion has its "kind" → (tokens, Answers) of each. Raises
+    InputError for other lines."""
+    documents = []
+    for number, record in convert.read_records(path):
+        try:
+            segments = convert.document_of(record)
+        except ValueError as e:
+            raise InputError(f'line {number} of {path} ({e!s:.80}): expected a "prompt" and its "completion"') from None
+        if not segments:
+            continue
+        ids = tokenizer.start(segments[0].text) or [tokenizer.end_of_text or 0]  # something must come before an answer
+        borders = []
+        for segment in segments[1:]:
+            start = len(ids)
+            ids += tokenizer.encode(segment.text)
+            if segment.learned:
+                borders.append((start, len(ids)))
+        kinds = record.get("kind")
+        if not is_list_of_strings(kinds) or len(kinds) != len(borders):
+            raise InputError(f'line {number} of {path}: expected as many strings in "kind" as completions')
+        answers = [Answer(kind, start, stop) for kind, (start, stop) in zip(kinds, borders) if start < stop]
+        documents.append((ids, answers))
+    return documents
+
+
+def is_list_of_strings(value):
+    return isinstance(value, list) and all(isinstance(item, str) for item in value)
+
+
+def equally_long(documents, size):
+    """Batches of documents of the same length, `size` at most in each."""
+    by_length = defaultdict(list)
+    for document in documents:
+        by_length[len(document[0])].append(document)
+    for group in by_length.values():
+        for i in range(0, len(group), size):
+            yield group[i : i + size]
+
+
+@torch.no_grad()
+def accuracy_by_kind(model, documents, depths, halt=None, max_loops=8, batch=64):
+    """Share of right answers after each number of passes in `depths`, and with `halt` also "exit" and the mean passes
+    of its tokens, "passes". An answer is right if each of its tokens is the likeliest one after the text before it.
+    → {kind: {column: number}}"""
+    found = defaultdict(lambda: defaultdict(list))
+    for group in equally_long(documents, batch):
+        idx = torch.tensor([ids for ids, _ in group], device=model.wte.weight.device)
+        x, y = idx[:, :-1], idx[:, 1:]
+        columns = {depth: model(x, depth).argmax(dim=-1) == y for depth in depths}
+        if halt:
+            h, passes = early_exit(model, x, max_loops, halt)
+            columns["exit"] = model.decode(h).argmax(dim=-1) == y
+            columns["passes"] = passes.float()
+        for name, values in columns.items():
+            for row_values, (_, answers) in zip(values.cpu(), group):
+                for kind, start, stop in answers:
+                    part = row_values[start - 1 : stop - 1]
+                    found[kind][name].append(part.mean().item() if name == "passes" else part.all().item())
+    means = {}
+    for kind in sorted(found):
+        means[kind] = {name: sum(values) / len(values) for name, values in found[kind].items()}
+    return means
+
+
+def print_accuracy(rows):
+    """A table of `accuracy_by_kind`."""
+    names = list(next(iter(rows.values())))
+    print("\nshare of right answers; passes are those that the answers take by exit")
+    print(f"{'':8}" + "".join(f"{name:>9}" for name in names))
+    for kind, columns in rows.items():
+        print(f"{kind:8}" + "".join(f"{columns[name]:9.2f}" for name in names))
+    means = [sum(columns[name] for columns in rows.values()) / len(rows) for name in names]
+    print(f"{'mean':8}" + "".join(f"{mean:9.2f}" for mean in means))
+
+
+def answers_file(s, directory):
+    """The held-out .jsonl file, if its completions have kinds."""
+    name = s.data
+    if not name and (directory / "settings.json").exists():
+        name = convert.read_json(directory / "settings.json").get("val")
+    path = convert.expand(name or "")
+    if path.suffix.lower() != ".jsonl" or not path.is_file():
+        return None
+    _, first = next(convert.read_records(path), (1, None))
+    if isinstance(first, dict) and "kind" in first:
+        return path
+    return None
+
+
+def held_out_text(s, directory, tokenizer):
+    """The tokens of --data, or those that the training of the model in `directory` held out."""
+    if s.data:
+        return convert.load_tokens(convert.find_files(s.data), tokenizer)
+    path = directory / "settings.json"
+    if not path.exists():
+        raise InputError(f"{directory} does not say what text it was trained on: give --data")
+    trained = convert.read_json(path)
+    if not isinstance(trained.get("data"), str) or not isinstance(trained.get("val"), str):
+        raise InputError(f"{path} does not say what text it was trained on: give --data")
+    _, held_out = convert.load_data(trained["data"], trained["val"], tokenizer)
+    return held_out
+
+
+def bits_per_nat_and_token(sequences, tokenizer):
+    """The factor from nats per token to bits per byte of the text. Neither added tokens, such as
+    the one that ends a document, nor a space that the tokenizer puts in front of a text are any of its bytes."""
+    inputs, targets = sequences
+    learned = targets >= 0
+    added = set(tokenizer.added.values())
+    size = 0
+    for token_before, token in zip(inputs[learned].tolist(), targets[learned].tolist()):
+        if token not in added:
+            size += len(tokenizer.token_bytes(token))
+            if tokenizer.puts_space and token_before in added:
+                size -= 1
+    return learned.sum().item() / max(1, size) / math.log(2)
+
+
+def measure_losses(s):
     device, dtype = convert.pick_device(s.device, s.dtype)
     directory = convert.resolve(s.init)
     model, tokenizer = convert.load(directory, device, dtype)
-    if s.data:
-        tokens = convert.load_tokens(convert.find_files(s.data), tokenizer)
-    elif not (directory / "settings.json").exists():
-        raise InputError(f"{directory} does not say what text it was trained on: give --data")
-    else:
-        trained = json.loads((directory / "settings.json").read_text())
-        tokens = convert.load_data(trained["data"], trained["val"], tokenizer)[1]
     context = min(s.context, model.config.block_size)
-    sequences = windows(tokens, context, s.tokens)
-    lengths = [len(tokenizer.bytes_of[i]) for i in sequences[1].flatten().tolist() if i >= 0]
-    count, bits_per_byte = len(lengths), len(lengths) / sum(lengths) / math.log(2)
+    sequences = windows(held_out_text(s, directory, tokenizer), context, s.tokens)
+    count = (sequences[1] >= 0).sum().item()
     losses = depth_losses(model, sequences, range(s.max_loops + 1), s.batch)
+    for depth, loss in losses.items():
+        if not math.isfinite(loss):
+            problem = f"the loss after {depth} passes is {loss}"
+            raise InputError(
+                f"{problem}: are the weights in {directory} damaged, or --max_loops={s.max_loops} too many?"
+            )
     halt = Halt(s.halt, s.threshold, s.epsilon, s.min_loops)
     exit = exit_stats(model, sequences, s.max_loops, halt, s.batch)
-    rows = *((depth, depth, loss) for depth, loss in losses.items()), ("exit", exit["mean_passes"], exit["loss"])
-    names = "passes", "mean_passes", "loss", "perplexity", "bits_per_byte"
-    rows = [dict(zip(names, (*row, math.exp(row[-1]), row[-1] * bits_per_byte))) for row in rows]
+    factor = bits_per_nat_and_token(sequences, tokenizer)
+    rows = [row(depth, depth, loss, factor) for depth, loss in losses.items()]
+    rows.append(row("exit", exit["mean_passes"], exit["loss"], factor))
     if s.json:
-        print(json.dumps(dict(init=str(directory), tokens=count, depths=rows, **halt._asdict(), exit=exit)))
+        print(json.dumps({"init": str(directory), "tokens": count, "depths": rows, **halt._asdict(), "exit": exit}))
         return
     print(f"{directory}: {count:,} held-out tokens in sequences of {context}; 0 passes: one ungated, as the base runs")
     print(f"{'passes':>8} {'mean':>6} {'loss':>8} {'perplexity':>11} {'bits/byte':>10}")
     for r in rows:
         print("{passes:>8} {mean_passes:6.2f} {loss:8.4f} {perplexity:11.3f} {bits_per_byte:10.4f}".format(**r))
-    print("\npasses taken with exit, " + ", ".join(f"{k} {v}" for k, v in halt._asdict().items()))
+    print("\npasses taken with exit, " + ", ".join(f"{name} {value}" for name, value in halt._asdict().items()))
     for b, n in enumerate(exit["histogram"], start=1):
         print(f"{b:>8} {'█' * round(40 * n / count):40} {n / count:6.1%}")
     print(f"\nconfidence is {exit['ece']:.3f} from how often the likeliest token was right, on average (the ECE)")
+    path = answers_file(s, directory)
+    if path:
+        shares = accuracy_by_kind(model, read_answers(path, tokenizer), DEPTHS, halt, s.max_loops)
+        if shares:
+            print_accuracy(shares)
+
+
+def row(passes, mean_passes, loss, factor):
+    return {
+        "passes": passes,
+        "mean_passes": mean_passes,
+        "loss": loss,
+        "perplexity": math.exp(min(loss, 700)),
+        "bits_per_byte": loss * factor,
+    }
+
+
+# ---- Where to cut, Fig. 1a
+def measure_profile(s):
+    """The profile, the cuts, and the untrained losses of these and of their neighbours, on a short sample text."""
+    model, tokenizer = convert.load(s.init)
+    convert.show_profile(model, tokenizer)
+    encoder, decoder = len(model.encoder), len(model.decoder)
+    idx = convert.sample_text(model, tokenizer)
+    sequences = (idx[:, :-1], idx[:, 1:])
+    print("\nuntrained loss after    1        2        4        8 passes")
+    for e, d in neighbouring_cuts(encoder, decoder, model.config.n_layer):
+        convert.cut(model, e, d)
+        losses = depth_losses(model, sequences, [0, *DEPTHS], 8)
+        print(f"cut {e:>2}, {d:<2}        " + "".join(f"{losses[b]:9.3f}" for b in DEPTHS), flush=True)
+    print(f"the model itself  {losses[0]:9.3f}")
+
+
+def neighbouring_cuts(encoder, decoder, n_layer):
+    """A cut (encoder layers, decoder layers), and those that move one of its borders by one layer."""
+    cuts = [
+        (encoder, decoder),
+        (encoder - 1, decoder),
+        (encoder + 1, decoder),
+        (encoder, decoder - 1),
+        (encoder, decoder + 1),
+    ]
+    return [(e, d) for e, d in cuts if min(e, d) >= 0 and e + d < n_layer]
+
+
+# ---- Speed: everything on this machine, in this run
+WAYS = ("plain", "plain-bf16", "fp32", "bf16", "bf16-checkpointing", "bf16-compiled")
+
+
+@dataclass
+class Speed:
+    """Tokens per second of a looped model: writing at 1, 2, 4, 8 passes and with exit, or with --train training."""
+
+    init: str = flag("", "model: directory or hub name")
+    task: str = flag("speed", "speed", None, ("speed",))
+    train: bool = flag(False, "measure training instead of writing")
+    way: str = flag("", "of training, in this process: " + ", ".join(WAYS), None, WAYS)
+    max_loops: int = flag(4, "B, with --train", 1)
+    supervised: int = flag(1, "K, with --train", 1)
+    context: int = flag(256, "tokens per sequence, with --train", 1)
+    batch: int = flag(0, "texts at a time; 0: one to write, two to train", 0)
+    tokens: int = flag(24, "tokens to write for each figure", 8)
+    threshold: float = flag(0.6, "confidence at which a token stops in the row of exit")
+    encoder_layers: int = flag(-1, "layers before the loop; -1: as the checkpoint says")
+    decoder_layers: int = flag(-1, "layers after the loop; -1: as the checkpoint says")
+    compile: bool = flag(False, "compile the step of a token")
+    uncached: bool = flag(False, "also without a cache: the whole text for each token")
+    data: str = flag("", "held-out text: also the losses of 4,096 tokens, against those of fp32")
+    profile: bool = flag(False, "where the time of a token of 8 passes goes")
+    device: str = flag("", "cpu, cuda or mps")
+    dtype: str = flag("fp32", "of the weights", None, ("bf16", "fp32", "int8"))
+
+
+def synchronize(device):
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    elif device.type == "mps":
+        torch.mps.synchronize()
+
+
+def seconds(device, work, times):
+    """The shortest of several calls of work()."""
+    shortest = math.inf
+    for _ in range(times):
+        begun = time.perf_counter()
+        work()
+        synchronize(device)
+        shortest = min(shortest, time.perf_counter() - begun)
+    return shortest
+
+
+def best_product(device, dtype):
+    """The most floating-point operations per second that this device does in a product of two matrices."""
+    n = 8192 if device.type == "cuda" else 1024
+    a = torch.randn(n, n, device=device, dtype=dtype)
+    return 2 * n**3 / seconds(device, lambda: a @ a, 10)
+
+
+def bytes_of(modules):
+    return sum(p.numel() * p.element_size() for module in modules for p in module.parameters())
+
+
+def measure_writing(s):
+    """A row for each number of passes: a prompt of 64 random tokens, the shortest of three times; then s.tokens tokens
+    one by one, and the lower quartile of their times (with exit: the mean). The floor is the time in which the
+    device reads the weights that a token needs, each pass anew."""
+    device, dtype = convert.pick_device(s.device, s.dtype)
+    cuts = {"encoder_layers": s.encoder_layers, "decoder_layers": s.decoder_layers}
+    model, tokenizer = convert.load(s.init, device, dtype, **cuts)
+    if s.data:
+        compare_with_fp32(s, model, tokenizer, cuts)
+    if s.compile:
+        convert.compile_step(model)
+    c = model.config
+    block = torch.randn(2**27 if device.type == "cuda" else 2**26, device=device)
+    bandwidth = block.nbytes / seconds(device, block.sum, 10)
+    del block
+    name = f"cut {c.encoder_layers}, {c.reasoning_layers}, {c.decoder_layers}, {s.dtype}, batch {s.batch}, {device}"
+    print(f"{name}{', compiled' if s.compile else ''}; memory read at {bandwidth / 1e9:.1f} GB/s")
+    columns = f"{'passes':>8} {'prefill/s':>10} {'token s':>9} {'tokens/s':>9} {'floor s':>8} {'of floor':>9}"
+    print(columns + (f" {'uncached s':>11}" if s.uncached else ""))
+    torch.manual_seed(0)
+    prompt = torch.randint(0, c.vocab_size, (s.batch, min(64, c.block_size // 2)), device=device)
+    means = {}  # seconds per token
+    for passes in DEPTHS:
+        _, means[passes] = writing_row(s, model, prompt, passes, Halt(threshold=2.0), bandwidth)
+    depth, means["exit"] = writing_row(s, model, prompt, 8, Halt(threshold=s.threshold), bandwidth)
+    if depth < 7.9:
+        saved = means[8] - means["exit"]
+        promised = (8 - depth) * (means[8] - means[1]) / 7
+        share = f"{saved / promised:.0%} of what that many passes fewer take"
+        print(f"exit after {depth:.2f} passes saves {saved / means[8]:.1%} of 8 passes' time, {share}")
+    if s.profile:
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+            write_tokens(model, prompt, 1, 8, Halt(threshold=2.0))
+        print(profile.key_averages().table(sort_by="self_cpu_time_total", row_limit=14, max_name_column_width=50))
+
+
+def writing_row(s, model, prompt, max_loops, halt, bandwidth):
+    """Print one row. → mean passes and mean seconds per token."""
+    device = prompt.device
+    batch, length = prompt.shape
+    cache = model.new_cache(batch, min(length + s.tokens + 8, model.config.block_size), max_loops)
+    prefill = seconds(device, lambda: model.advance(prompt, [0] * batch, cache, max_loops, halt), 3)
+    write_tokens(model, prompt, 3, max_loops, halt)  # the first ones compile
+    times, depths = write_tokens(model, prompt, s.tokens, max_loops, halt)
+    depth = sum(depths) / len(depths)
+    mean = sum(times) / len(times)
+    exits = halt.threshold <= 1
+    token = mean if exits else sorted(times)[len(times) // 4]
+    ends = bytes_of([*model.encoder, *model.decoder, model.lm_head])
+    floor = (ends + depth * bytes_of(model.reasoning)) / bandwidth
+    line = f"{f'{depth:.2f}' if exits else max_loops:>8} {batch * length / prefill:10.0f} {token:9.4f}"
+    line += f" {batch / token:9.1f} {floor:8.4f} {token / floor:9.2f}"
+    if s.uncached:
+        with torch.no_grad():
+            line += f" {seconds(device, lambda: model(prompt, max_loops), 3):11.4f}"
+    print(line, flush=True)
+    return depth, mean
+
+
+def write_tokens(model, prompt, count, max_loops, halt):
+    """Greedy tokens after the prompt (B, T). → seconds and mean passes of each of them."""
+    batch, length = prompt.shape
+    cache = model.new_cache(batch, min(length + count, model.config.block_size), max_loops)
+    logits, _ = model.advance(prompt, [0] * batch, cache, max_loops, halt)
+    times, depths = [], []
+    for i in range(length, length + count):
+        idx = logits.argmax(dim=-1, keepdim=True)
+        begun = time.perf_counter()
+        logits, depth = model.advance(idx, [i] * batch, cache, max_loops, halt)
+        synchronize(prompt.device)
+        times.append(time.perf_counter() - begun)
+        depths.append(depth.float().mean().item())
+    return times, depths
+
+
+def compare_with_fp32(s, model, tokenizer, cuts):
+    """Print what the precision of the model costs in held-out loss."""
+    exact, _ = convert.load(s.init, model.wte.weight.device, **cuts)
+    tokens = convert.load_tokens(convert.find_files(s.data), tokenizer)
+    sequences = windows(tokens, min(256, model.config.block_size), 4096)
+    exact_losses = depth_losses(exact, sequences, [0, *DEPTHS], 4)
+    for depth, loss in depth_losses(model, sequences, [0, *DEPTHS], 4).items():
+        change = loss / exact_losses[depth] - 1
+        print(
+            f"{depth} passes: held-out loss {loss:.4f}, in fp32 {exact_losses[depth]:.4f} ({change:+.2%})", flush=True
+        )
+
+
+# ---- Speed of training
+def plain_losses(model, x, y, supervised):
+    """The method as one would first write it, without thought for speed or memory."""
+    with torch.no_grad():
+        h = model.encode(x)
+    for b in range(max(supervised) + 1):
+        if b not in supervised:
+            with torch.no_grad():
+                h = model.refine(h)
+            continue
+        with torch.no_grad():
+            lm_before = F.cross_entropy(model.decode(h).float().flatten(0, 1), y.flatten())
+        torch.clear_autocast_cache()
+        h = model.refine(h)
+        logits = model.decode(h).float()
+        lm = F.cross_entropy(logits.flatten(0, 1), y.flatten())
+        right = (logits.argmax(-1) == y).float()
+        yield lm, F.silu(lm - lm_before), F.binary_cross_entropy_with_logits(model.confidence(h).float(), right)
+        h = h.detach()
+
+
+def compare_training(s):
+    """Each way in a process of its own: its memory is then its own, too."""
+    print(f"{s.batch} x {s.context} tokens, B = {s.max_loops}, K = {s.supervised}")
+    print(
+        f"{'way':20} {'s / step':>8} {'tokens/s':>10} {'TFLOP':>8} {'peak TF/s':>10} {'MFU':>6} {'GB':>8}", flush=True
+    )
+    for way in WAYS:
+        ended = subprocess.run([sys.executable, __file__, *sys.argv[1:], f"--way={way}"])
+        if ended.returncode != 0:
+            sys.exit(ended.returncode)  # it has said why
+
+
+def measure_training(s):
+    """Print one row: seconds of a step of §3.2 by s.way, over draws of every depth, and the share of the best product.
+    "plain" is `plain_losses`, in float32 or under autocast to bf16."""
+    import train  # which imports this file
+
+    plain = s.way.startswith("plain")
+    device, dtype = convert.pick_device(s.device, "fp32" if s.way in ("plain", "fp32") else "bf16")
+    model, _ = convert.load(s.init, device, encoder_layers=s.encoder_layers, decoder_layers=s.decoder_layers)
+    settings = train.Settings(batch=s.batch, accumulate=1, context=s.context)
+    optimizer = train.make_optimizer(model, settings)
+    fast = model
+    if dtype == torch.bfloat16 and not plain:
+        fast = train.computing_copy(model, dtype)
+    if s.way.endswith("compiled"):
+        for block in fast.layers():
+            block.forward = torch.compile(block.forward)
+    if s.way.endswith("checkpointing"):
+        train.checkpoint_layers(fast)
+    peak = best_product(device, dtype)
+    torch.manual_seed(0)
+    times, flops = [], 0
+    for supervised in training_draws(s):
+        x, y = torch.randint(0, model.config.vocab_size, (2, s.batch, s.context), device=device)
+        begun = time.perf_counter()
+        with torch.autocast(device.type, dtype, enabled=s.way == "plain-bf16"):
+            method = plain_losses if plain else deep_supervision
+            for terms in method(fast, x, y, supervised):
+                (sum(terms) / s.supervised).backward()
+        torch.nn.utils.clip_grad_norm_([p for p in model.parameters() if p.grad is not None], 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        if fast is not model:
+            fast.load_state_dict(model.state_dict())
+        synchronize(device)
+        times.append(time.perf_counter() - begun)
+        flops += train.step_flops(model, settings, supervised)
+    flops -= train.step_flops(model, settings, training_draws(s)[0])
+    spent = sum(times[1:])  # the first step compiles
+    steps = len(times) - 1
+    line = f"{s.way:20} {spent / steps:8.2f} {s.batch * s.context * steps / spent:10.0f} {flops / steps / 1e12:8.3f}"
+    print(line + f" {peak / 1e12:10.3f} {flops / spent / peak:6.1%} {convert.peak_memory(device):8.2f}", flush=True)
+
+
+def training_draws(s):
+    """The supervised passes of each step to measure: every depth twice if one pass is supervised, else eight draws."""
+    if s.supervised > 1:
+        return [random.Random(i).sample(range(s.max_loops), s.supervised) for i in range(9)]
+    return [[s.max_loops - 1]] + [[b] for b in range(s.max_loops)] * 2
+
+
+def measure_speed(s):
+    if not s.train:
+        s.batch = s.batch or 1
+        measure_writing(s)
+        return
+    s.batch = s.batch or 2
+    if s.supervised > s.max_loops:
+        raise InputError(f"--supervised={s.supervised} of --max_loops={s.max_loops}: expected K, 1 to B")
+    if s.way:
+        measure_training(s)
+    else:
+        compare_training(s)
+
+
+def main():
+    if re.search("--task[= ]speed", " ".join(sys.argv)):
+        return measure_speed(Speed(**convert.parse(Speed, "init")))
+    s = Settings(**convert.parse(Settings))
+    if s.task == "profile":
+        return measure_profile(s)
+    measure_losses(s)
 
 
 if __name__ == "__main__":

@@ -1,5 +1,5 @@
 """
-Let a looped model write, each token taking the passes it needs, by which a terminal shows it tinted.
+Let a looped model write. Each token takes the passes it needs; a terminal shows them as a tint.
 
     python sample.py --max_loops=8 --prompt="def "    continue a prompt with the model train.py wrote last
     python sample.py                                  ask for prompts, again and again (or read one from a pipe)
@@ -11,10 +11,12 @@ import sys
 import time
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 
 import convert
+import loopus
 from convert import flag
 from loopus import Halt, InputError
 
@@ -31,7 +33,6 @@ class Settings(convert.Inference):
     top_k: int = flag(50, "draw among this many likeliest tokens", 1)
     top_p: float = flag(1.0, "of these, among the fewest likeliest that reach this probability", 0)
     seed: int = flag(2026, "of the random draws")
-    shared: bool = flag(False, "one cache for all depths: less memory, a little worse")
     compile: bool = flag(False, "compile the step of a token: on a CPU some seconds, then three times as fast")
     trace: bool = flag(False, "show the next token's candidates after each pass instead of writing")
 
@@ -40,66 +41,111 @@ def tint(text, passes, max_loops):
     """Colour text by its passes, where standard output is a terminal."""
     if not sys.stdout.isatty() or max_loops < 1:
         return text
-    return f"\x1b[38;5;{TINTS[(passes - 1) * (len(TINTS) - 1) // max(1, max_loops - 1)]}m{text}\x1b[0m"
+    warmth = (passes - 1) / max(1, max_loops - 1)  # 0 … 1
+    colour = TINTS[int(warmth * (len(TINTS) - 1))]
+    return f"\x1b[38;5;{colour}m{text}\x1b[0m"
 
 
 def write(model, tokenizer, prompt, ids, s):
     """Stream the continuation of a prompt to standard output, and one line about it to standard error."""
-    names = "max_loops threshold temperature top_k top_p halt epsilon min_loops shared".split()
-    given = {name: getattr(s, name) for name in names} | dict(generator=torch.Generator(ids.device).manual_seed(s.seed))
-    utf8, depths, begun = codecs.getincrementaldecoder("utf-8")("replace"), [], time.time()
+    halt = Halt(s.halt, s.threshold, s.epsilon, s.min_loops)
+    generator = torch.Generator(model.wte.weight.device).manual_seed(convert.valid_seed(s.seed))
+    draw = partial(loopus.sample, temperature=s.temperature, top_k=s.top_k, top_p=s.top_p, generator=generator)
+    utf8 = codecs.getincrementaldecoder("utf-8")("replace")  # a character can span tokens
     if sys.stdout.isatty() and s.max_loops > 0:
         print("passes: " + " ".join(tint(str(b), b, s.max_loops) for b in range(1, s.max_loops + 1)) + "\n")
     print(prompt, end="", flush=True)
+    depths = []
+    begun = time.time()
     with suppress(KeyboardInterrupt):
-        for [(token, passes)] in model.stream(ids, s.max_new_tokens, **given):
-            if token == tokenizer.end_of_text:
+        for [(token, depth)] in model.stream([ids], s.max_new_tokens, s.max_loops, halt, draw):
+            if token in tokenizer.ends:
                 break
-            depths.append(passes)
-            piece = utf8.decode(tokenizer.bytes_of[token])  # a character can span tokens
-            print(tint(piece, depths[-1], s.max_loops), end="", flush=True)
+            depths.append(depth)
+            piece = utf8.decode(tokenizer.token_bytes(token))
+            print(tint(piece, depth, s.max_loops), end="", flush=True)
     print(utf8.decode(b"", final=True), flush=True)
     mean = f"{sum(depths) / max(1, len(depths)):.2f} passes each on average (of at most {s.max_loops})"
-    speed = f"{len(depths) / (time.time() - begun):.1f} tokens/s, peak memory {convert.peak_memory(ids.device):.2f} GB"
+    memory = convert.peak_memory(model.wte.weight.device)
+    speed = f"{len(depths) / (time.time() - begun):.1f} tokens/s, peak memory {memory:.2f} GB"
     print(f"\n{len(depths)} tokens, {mean}, {speed}", file=sys.stderr)
 
 
+def candidates(model, tokenizer, h):
+    """The likeliest tokens after the state h (1, T, C), with their probabilities."""
+    probabilities = model.decode(h)[0, -1].float().softmax(dim=-1)
+    if probabilities.isnan().any():
+        raise InputError("the model's probabilities are no numbers: are its weights damaged?")
+    top = probabilities.topk(min(5, len(probabilities)))
+    words = []
+    for token, probability in zip(top.indices.tolist(), top.values.tolist()):
+        text = tokenizer.token_bytes(token).decode(errors="replace")
+        words.append(f"{text!r} {probability:.3f}")
+    return "  ".join(words)
+
+
 @torch.no_grad()
-def trace(model, tokenizer, prompt, ids, s):
+def trace(model, tokenizer, ids, s):
     """One row per pass for the token after the prompt: confidence q, step length ‖h^{b+1} − h^b‖₂, mean α, and the
-    likeliest tokens with their probabilities. No token is stopped; where exit would is marked."""
-
-    def candidates(h):
-        top = model.decode(h)[0, -1].float().softmax(-1).topk(5)
-        words = [tokenizer.bytes_of[i].decode(errors="replace") for i in top.indices.tolist()]
-        return "  ".join(f"{word!r} {p:.3f}" for word, p in zip(words, top.values.tolist()))
-
-    h = model.encode(ids)
-    print(f"pass  {'q':>5}  {'step':>8}  {'α':>5}  candidates\nbase{'':24}{candidates(model.propose(h))}")
-    halt, doubt, stopped = Halt(s.halt, s.threshold, s.epsilon, s.min_loops), torch.zeros_like(h[..., 0]).float(), 0
+    likeliest tokens. No token is stopped; where the rule first holds is marked."""
+    halt = Halt(s.halt, s.threshold, s.epsilon, s.min_loops)
+    h = model.encode(torch.tensor([ids], device=model.wte.weight.device))
+    print(f"pass  {'q':>5}  {'step':>8}  {'α':>5}  candidates")
+    print(f"base{'':24}{candidates(model, tokenizer, model.propose(h))}")
+    log_doubt = 0.0
+    stopped = False
     for b in range(1, s.max_loops + 1):
         proposed = model.propose(h)
         alpha = model.gate.alpha(proposed - h)[0, -1].float().mean()
-        before, h = h, model.gate(proposed, h)
-        step, q = (h - before)[0, -1].float().norm(), torch.sigmoid(model.confidence(h).float())[0, -1]
-        stopped = stopped or (b if halt.stops(model, b, before, h, doubt)[0, -1] else 0)
-        print(f"{b:>4}  {q:5.3f}  {step:8.2f}  {alpha:5.3f}  {candidates(h)}" + "  ← exit" * (stopped == b))
+        h_before = h
+        h = model.gate(proposed, h)
+        step = (h - h_before)[0, -1].float().norm()
+        q = torch.sigmoid(model.confidence(h).float())[0, -1]
+        line = f"{b:>4}  {q:5.3f}  {step:8.2f}  {alpha:5.3f}  {candidates(model, tokenizer, h)}"
+        stops, log_doubt = halt.stops(model, b, h_before, h, log_doubt)
+        if stops[0, -1] and not stopped:
+            stopped = True
+            line += "  ← exit"
+        print(line)
+
+
+def asked_prompts():
+    """What is typed at a prompt, line by line, until an empty line."""
+    print("What should it continue? An empty line ends. Ctrl-C stops a text.")
+    while prompt := input("\n> "):
+        yield prompt
+
+
+def read_pipe():
+    """The prompt on standard input. Raises InputError where it is not text."""
+    try:
+        return sys.stdin.read().rstrip("\n")
+    except UnicodeDecodeError as e:
+        raise InputError(f"standard input is not {sys.stdin.encoding} text ({e}): convert it") from None
 
 
 def main():
     s = Settings(**convert.parse(Settings))
     device, dtype = convert.pick_device(s.device, s.dtype)
     model, tokenizer = convert.load(s.init, device, dtype)
-    if s.compile:
-        model.compile_step()
     if tokenizer is None:
-        raise InputError(f"{s.init or 'it'} has no tokenizer.json: text cannot be read or written without one")
-    asks = not s.prompt and sys.stdin.isatty()
-    if asks:
-        print("What shall it continue? An empty line or Ctrl-C ends.")
-    for prompt in iter(lambda: input("\n> "), "") if asks else [s.prompt or sys.stdin.read().rstrip("\n")]:
-        ids = tokenizer.begin + tokenizer.encode(prompt) or [tokenizer.end_of_text or 0]  # with nothing: begin a text
-        (trace if s.trace else write)(model, tokenizer, prompt, torch.tensor([ids], device=device), s)
+        raise InputError(f"{s.init or 'the model'} has no tokenizer.json: text cannot be read or written without one")
+    if s.compile:
+        convert.compile_step(model)
+    if s.prompt:
+        prompts = [s.prompt]
+    elif sys.stdin.isatty():
+        prompts = asked_prompts()
+    else:
+        prompts = [read_pipe()]
+    for prompt in prompts:
+        ids = tokenizer.start(prompt)
+        if not ids:  # begin a text
+            ids = [tokenizer.end_of_text or 0]
+        if s.trace:
+            trace(model, tokenizer, ids, s)
+        else:
+            write(model, tokenizer, prompt, ids, s)
 
 
 if __name__ == "__main__":

@@ -1,21 +1,23 @@
 """What the tests share: the golden checkpoints, small random models, and the five programs run as a user runs them."""
 
+import os
 import sys
 from pathlib import Path
 
-import pytest
-import torch
-
+os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # before torch starts its threads: tests run beside others
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 GOLDEN = Path(__file__).parent / "golden"
+
+import pytest  # noqa: E402
+import torch  # noqa: E402
 
 import convert  # noqa: E402
 from loopus import Config, LoopUS  # noqa: E402
 
 SHAPES = {
-    "gpt2": dict(n_kv_head=4, norm="layer", mlp="gelu", rope_theta=0.0, qkv_bias=True, out_bias=True, mlp_bias=True),
-    "llama": dict(n_kv_head=2, norm="rms", mlp="swiglu", rope_theta=10000.0),
+    "gpt2": dict(n_kv_head=4, norm="layer", mlp="gelu", rotary=None, qkv_bias=True, out_bias=True, mlp_bias=True),
+    "llama": dict(n_kv_head=2, norm="rms", mlp="swiglu"),
 }
 
 
@@ -31,14 +33,23 @@ def random_model(shape="llama", seed=0, **overrides):
     torch.manual_seed(seed)
     values = dict(vocab_size=257, block_size=64, n_layer=5, n_head=4, head_dim=8, n_embd=32, n_inner=64, norm_eps=1e-5)
     more = overrides.pop("base", {})
+    partial_rotary = overrides.pop("partial_rotary", 1.0)
     values |= SHAPES[shape] | overrides
-    keys = convert.FAMILIES[shape]["config"].items()
-    base = BASE[shape] | {key: values[ours] for ours, key in keys if isinstance(key, str) and ours in values}
+    if "rotary" not in values:
+        rope = dict(partial_rotary_factor=partial_rotary)
+        values["rotary"] = convert.rotary_angles({}, rope, values["head_dim"], values["block_size"])
+    keys = convert.FAMILIES[shape].keys.items()
+    base = BASE[shape] | {key: values[ours] for ours, key in keys if ours in values}
     model = LoopUS(Config(**values, base=more if more is None else base | more)).eval()
     model.reset_new_parameters()
     for p in model.parameters():
         torch.nn.init.normal_(p, std=0.25) if p.dim() > 1 else p.data.add_(torch.randn_like(p) * 0.1)
     return model
+
+
+def seeds(count):
+    """Parameters of a random test: 20 seeds for every run, and the rest for `pytest -m "slow or fuzz"`."""
+    return [*range(20), *(pytest.param(seed, marks=pytest.mark.fuzz) for seed in range(20, count))]
 
 
 @pytest.fixture(params=list(SHAPES))
@@ -48,10 +59,14 @@ def model(request):
 
 @pytest.fixture(autouse=True)
 def own_cache(tmp_path, monkeypatch):
-    """Tests neither read nor write the user's cache, and never reach the network."""
+    """Tests neither read nor write the user's caches, send no token of theirs, and never reach the network."""
+    for name in ("HF_TOKEN", "HF_TOKEN_PATH", "HUGGING_FACE_HUB_TOKEN", "HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "huggingface"))
     monkeypatch.setenv("LOOPUS_CACHE", str(tmp_path / "cache"))
     monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
-    torch.set_num_threads(2)
+    torch.set_num_threads(1)
 
 
 @pytest.fixture
