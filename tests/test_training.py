@@ -23,170 +23,158 @@ def batch(T=12):
     return idx[:, :-1], idx[:, 1:]
 
 
-def test_losses_of_one_step_are_those_of_a_plain_computation(model):
+def one_pass(model, x):
+    """A state without graph, and the one that a pass makes of it."""
+    h_before = model.encode(x).detach()
+    return h_before, model.refine(h_before)
+
+
+def test_losses_are_those_of_a_plain_computation(model):
     x, y = batch()
-    h = model.encode(x).detach()
-    lm, mono, q_loss, next_h = losses(model, h, y)
-    after = model.gate(model.propose(h), h)
+    h_before, h = one_pass(model, x)
+    lm, mono, q_loss = losses(model, h, h_before, y, y)
 
     def nll(h):  # the mean over tokens of −log p(next token), written out
         return -torch.log_softmax(model.decode(h), -1).gather(-1, y[..., None]).mean()
 
-    right = (model.decode(after).argmax(-1) == y).float()
-    q = torch.sigmoid(model.confidence(after))
+    right = (model.decode(h).argmax(-1) == y).float()
+    q = torch.sigmoid(model.confidence(h))
     bce = -(right * q.log() + (1 - right) * (1 - q).log()).mean()
-    difference = nll(after) - nll(h)
-    torch.testing.assert_close(lm, nll(after))
+    difference = nll(h) - nll(h_before)
+    torch.testing.assert_close(lm, nll(h))
     torch.testing.assert_close(mono, difference * torch.sigmoid(difference))
     torch.testing.assert_close(q_loss, bce)
-    torch.testing.assert_close(next_h, after)
-    assert not next_h.requires_grad
 
 
 def test_masked_targets_do_not_count(model):
     x, y = batch()
-    h = model.encode(x)
+    h_before, h = one_pass(model, x)
     masked = y.clone()
     masked[:, :5] = -100
-    lm, _, q_loss, _ = losses(model, h, masked)
-    after = model.refine(h.detach())
-    logits = model.decode(after)[:, 5:]
+    lm, _, q_loss = losses(model, h, h_before, masked, masked)
+    logits = model.decode(h)[:, 5:]
     torch.testing.assert_close(lm, F.cross_entropy(logits.flatten(0, 1), y[:, 5:].flatten()))
     right = (logits.argmax(-1) == y[:, 5:]).float()
-    torch.testing.assert_close(q_loss, F.binary_cross_entropy_with_logits(model.confidence(after)[:, 5:], right))
+    torch.testing.assert_close(q_loss, F.binary_cross_entropy_with_logits(model.confidence(h)[:, 5:], right))
 
 
 def test_confidence_per_sequence_is_equation_13(model):
     x, y = (part.clone() for part in batch())
     y[1, 3:] = -100
-    h = model.encode(x).detach()
-    after = model.refine(h)
-    right = (model.decode(after).argmax(-1) == y).float()
-    q = torch.sigmoid(model.confidence(after)[:, -1])  # of the last token
+    h_before, h = one_pass(model, x)
+    right = (model.decode(h).argmax(-1) == y).float()
+    q = torch.sigmoid(model.confidence(h)[:, -1])  # of the last token
     share = torch.stack((right[0].mean(), right[1, :3].mean()))
     bce = -(share * q.log() + (1 - share) * (1 - q).log())
-    torch.testing.assert_close(losses(model, h, y, pooled=True)[2], bce.mean())
+    q_loss = losses(model, h, h_before, y, y, train.sequence_confidence_loss)[2]
+    torch.testing.assert_close(q_loss, bce.mean())
     y[1] = -100  # nothing to learn there
-    torch.testing.assert_close(losses(model, h, y, pooled=True)[2], bce[0])
+    q_loss = losses(model, h, h_before, y, y, train.sequence_confidence_loss)[2]
+    torch.testing.assert_close(q_loss, bce[0])
 
 
-def test_an_update_per_supervised_step(model):
+def test_an_update_per_supervised_pass(model):
     """Fig. 4: the optimizer steps after each; the loss before the next one is then that of the new weights."""
     x, y = batch()
     by_hand = random_model("gpt2" if model.config.norm == "layer" else "llama")
     optimizers = [train.make_optimizer(m, Settings()) for m in (model, by_hand)]
-    for step in deep_supervision(model, x, y, [1, 2], updated=True):
-        sum(step).backward()
+    for terms in deep_supervision(model, x, y, [1, 2]):
+        sum(terms).backward()
         optimizers[0].step()
         optimizers[0].zero_grad()
-    h = by_hand.refine(by_hand.encode(x))
+    h = by_hand.refine(by_hand.encode(x)).detach()
     for _ in (1, 2):
-        *terms, h = losses(by_hand, h, y)
-        sum(terms).backward()
+        h_before, h = h, by_hand.refine(h)
+        expected = losses(by_hand, h, h_before, y, y)
+        sum(expected).backward()
+        h = h.detach()
         optimizers[1].step()
         optimizers[1].zero_grad()
-    torch.testing.assert_close(torch.stack(step), torch.stack(terms))
+    torch.testing.assert_close(torch.stack(terms), torch.stack(expected))
     for p, q in zip(model.parameters(), by_hand.parameters()):
         torch.testing.assert_close(p, q)
 
 
-def test_gradients_go_through_one_pass_and_not_through_the_loss_before(model):
+def test_confidence_of_tokens_that_are_only_read_is_trained(model):
+    """L_Q is over all tokens whose next one is known, learned or not; the others' terms are over the learned ones."""
     x, y = batch()
-    mono = losses(model, model.encode(x), y)[1]  # a state that still has a graph: losses cut it off
-    mono.backward()
-    by_hand = random_model("gpt2" if model.config.norm == "layer" else "llama")
-    h = by_hand.encode(x).detach()
-    after = by_hand.refine(h)
-    lm = F.cross_entropy(by_hand.decode(after).flatten(0, 1), y.flatten())
-    before = F.cross_entropy(by_hand.decode(h).flatten(0, 1), y.flatten()).item()  # a number: no gradient through it
-    F.silu(lm - before).backward()
-    there = dict(by_hand.named_parameters())
-    for name, p in model.named_parameters():
-        if there[name].grad is None:
-            assert p.grad is None, name
-        else:
-            torch.testing.assert_close(p.grad, there[name].grad, atol=1e-6, rtol=1e-4)
-    assert all(p.grad is None for p in [*model.encoder.parameters(), model.wte.weight])
-    assert model.gate.down.weight.grad.abs().max() > 0 and model.reasoning[0].qkv.weight.grad.abs().max() > 0
-
-
-def test_deep_supervision_is_the_sum_of_its_steps_from_detached_states(model):
-    x, y = batch()
-    train.make_optimizer(model, Settings())
-    for step in deep_supervision(model, x, y, [4, 1]):
-        sum(step).backward()
-    got = {name: p.grad for name, p in model.named_parameters()}
-    for p in model.parameters():
-        p.grad = None
-    h = model.encode(x).detach()
-    for b in range(5):  # nothing is learned after pass 4, so nothing runs there
-        if b in (1, 4):
-            sum(losses(model, h, y)[:3]).backward()
-        h = model.refine(h).detach()
-    for name, p in model.named_parameters():
-        assert (p.grad is None) == (got[name] is None), name
-        if p.grad is not None:
-            torch.testing.assert_close(got[name], p.grad)
-    assert all(got[n] is None for n in got if n.startswith(("wte", "wpe", "encoder")))
-
-
-def test_what_is_known_is_not_computed_again(model):
-    """Passes end with the last drawn step; of adjacent steps, the loss before the second is not computed again."""
-    x, y = batch(2)
-    calls, expected = [], []
-    for name in ("refine", "loss"):
-        plain = getattr(model, name)
-        setattr(model, name, lambda *a, name=name, plain=plain: calls.append(name) or plain(*a))
-    for drawn, refined, decoded in (([1, 3], 4, 4), ([2, 1], 3, 3), ([0, 1, 2], 3, 4)):
-        calls.clear()
-        steps = [torch.stack(step) for step in deep_supervision(model, x, y, drawn)]
-        assert (calls.count("refine"), calls.count("loss"), len(steps)) == (refined, decoded, len(drawn))
-        h = model.encode(x)
-        for b in range(max(drawn) + 1):
-            *terms, h = losses(model, h, y)
-            expected += [torch.stack(terms)] if b in drawn else []
-        torch.testing.assert_close(torch.stack(steps), torch.stack(expected))
-        expected.clear()
-
-
-def test_gradient_through_several_passes_and_into_the_encoder(model):
-    """Two steps of two passes, the first drawn: the same as plain back-propagation from the tokens on."""
-    x, y = batch()
-    train.make_optimizer(model, Settings(trains="all"))
-    for step in deep_supervision(model, x, y, [0], through=2):
-        sum(step).backward()
-    got = {name: p.grad for name, p in model.named_parameters()}
-    for p in model.parameters():
-        p.grad = None
-    h = model.encode(x)
-    after = model.refine(model.refine(h))
-    lm, right = model.loss(after, y)
-    q = F.binary_cross_entropy_with_logits(model.confidence(after), right.float())
-    (lm + F.silu(lm - model.loss(h, y)[0].item()) + q).backward()
-    for name, p in model.named_parameters():
-        torch.testing.assert_close(got[name], p.grad, msg=name)
-        assert p.grad.abs().max() > 0 or not name.startswith("encoder")
-
-
-@pytest.mark.parametrize("vocabulary", [257, 1 << 20])  # all 24 tokens at once; 16 and 8
-def test_loss_in_parts_is_the_loss(model, vocabulary):
-    x, y = batch()
-    y = y.masked_fill(torch.rand(y.shape) < 0.3, -100)
-    h = model.encode(x).detach().requires_grad_()
+    masked = y.clone()
+    masked[:, :7] = -100
+    masked[1, -1] = -100  # nobody knows what follows
+    [(lm, _, q_loss)] = deep_supervision(model, x, masked, [0])
+    h = model.refine(model.encode(x))
     logits = model.decode(h)
-    plain = F.cross_entropy(logits.flatten(0, 1), y.flatten())
-    expected = torch.autograd.grad(plain, [h, *model.lm_head.parameters(), *model.decoder.parameters()])
-    model.config.vocab_size = vocabulary
-    for model.checkpointing in (False, True):
-        loss, right = model.loss(h, y)
-        torch.testing.assert_close(loss, plain)
-        assert torch.equal(right, logits.argmax(-1) == y)
-        got = torch.autograd.grad(loss, [h, *model.lm_head.parameters(), *model.decoder.parameters()])
-        for a, b in zip(got, expected):
-            torch.testing.assert_close(a, b)
+    torch.testing.assert_close(lm, F.cross_entropy(logits.flatten(0, 1), masked.flatten()))
+    right = (logits.argmax(-1) == y).float()
+    bce = F.binary_cross_entropy_with_logits(model.confidence(h), right, reduction="none")
+    torch.testing.assert_close(q_loss, (bce.sum() - bce[1, -1]) / (y.numel() - 1))
 
 
-def saved_bytes(model, x, y, passes):
+def gradients(model, run):
+    """The gradients of all parameters after run(), and none left."""
+    run()
+    found = {name: p.grad for name, p in model.named_parameters()}
+    for p in model.parameters():
+        p.grad = None
+    return found
+
+
+def plain_deep_supervision(model, x, y, supervised, span):
+    """One graph for each supervised pass, from a state without graph: what came before is run anew for each."""
+    last = -1
+    for b in sorted(supervised):
+        first = max(b - span + 1, last + 1, 0)  # of the passes with gradient
+        with torch.set_grad_enabled(first == 0 and b - span < 0):
+            h = model.encode(x)
+        with torch.no_grad():
+            for _ in range(first):
+                h = model.refine(h)
+        for _ in range(first, b + 1):
+            h_before, h = h, model.refine(h)
+        logits = model.decode(h)
+        lm = F.cross_entropy(logits.flatten(0, 1), y.flatten())
+        before = F.cross_entropy(model.decode(h_before).flatten(0, 1), y.flatten()).item()  # a number: no gradient
+        q = F.binary_cross_entropy_with_logits(model.confidence(h), (logits.argmax(-1) == y).float())
+        (lm + F.silu(lm - before) + q).backward()
+        last = b
+
+
+@pytest.mark.parametrize("trained", ["middle", "all"])
+@pytest.mark.parametrize("supervised", [[0], [3], [4, 1], [1, 2], [0, 5, 3]])
+@pytest.mark.parametrize("span", [1, 2, 3, 9])
+def test_gradients_cross_the_span_and_no_more(model, trained, supervised, span):
+    """Never past the last supervised pass, nor past h⁰ unless the encoder trains; none through the loss before."""
+    x, y = batch(6)
+    train.make_optimizer(model, Settings(trains=trained))
+
+    def run():
+        for terms in deep_supervision(model, x, y, supervised, span):
+            sum(terms).backward()
+
+    found = gradients(model, run)
+    expected = gradients(model, lambda: plain_deep_supervision(model, x, y, supervised, span))
+    for name, gradient in expected.items():
+        assert (gradient is None) == (found[name] is None), name
+        if gradient is not None:
+            torch.testing.assert_close(found[name], gradient, atol=1e-5, rtol=1e-3, msg=name)
+    reaches = trained == "all" and min(supervised) < span
+    for name in found:
+        if name.startswith(("wte", "wpe", "encoder")):
+            assert (found[name] is not None) == reaches, name
+    assert found["gate.down.weight"].abs().max() > 0 and found["reasoning.0.qkv.weight"].abs().max() > 0
+
+
+def test_passes_after_the_last_supervised_one_do_not_run(model):
+    x, y = batch(2)
+    calls, refine = [], model.refine
+    model.refine = lambda *arguments: calls.append(1) or refine(*arguments)
+    for supervised in ([1, 3], [2, 1], [0]):
+        calls.clear()
+        assert len(list(deep_supervision(model, x, y, supervised))) == len(supervised)
+        assert len(calls) == max(supervised) + 1
+
+
+def saved_bytes(model, x, y, passes, span=1):
     """Most bytes that the graph of random deep supervision held at once."""
     held = {"now": 0, "most": 0}
 
@@ -200,16 +188,18 @@ def saved_bytes(model, x, y, passes):
             held["now"] -= self.size
 
     with torch.autograd.graph.saved_tensors_hooks(Kept, lambda kept: kept.t):
-        for step in deep_supervision(model, x, y, [passes - 2, passes - 1]):
-            sum(step).backward()
+        for terms in deep_supervision(model, x, y, [passes - 2, passes - 1], span):
+            sum(terms).backward()
     return held["most"]
 
 
-def test_memory_does_not_depend_on_the_passes(model):
+def test_memory_depends_on_the_span_and_not_on_the_passes(model):
     x, y = batch()
     few, many = saved_bytes(model, x, y, 4), saved_bytes(model, x, y, 20)
     assert few > 10000 and abs(many / few - 1) < 0.05
-    model.checkpointing = True
+    spanned = saved_bytes(model, x, y, 20, span=4)
+    assert spanned > 1.5 * few and abs(saved_bytes(model, x, y, 8, span=4) / spanned - 1) < 0.05
+    train.checkpoint_layers(model)
     assert saved_bytes(model, x, y, 4) < 0.4 * few
 
 
@@ -246,7 +236,7 @@ def test_bf16_gradients_and_losses_follow_fp32():
     torch.testing.assert_close(terms, precise(coarse_terms), atol=0.1, rtol=0.03)
 
 
-def test_what_trains(model):
+def test_which_parameters_train(model):
     train.make_optimizer(model, Settings(objective="loop"))
     still = {n.split(".")[0] for n, p in model.named_parameters() if not p.requires_grad}
     assert still == {"wte", "encoder"} | ({"wpe"} if model.config.norm == "layer" else set())
@@ -257,7 +247,7 @@ def test_what_trains(model):
     assert sum(len(g["params"]) for g in optimizer.param_groups) == sum(p.requires_grad for p in model.parameters())
 
 
-def test_every_window_once_per_epoch_in_an_order_of_seed_and_number():
+def test_micro_batches_read_each_window_once_per_epoch():
     tokens, s = np.arange(101), Settings(batch=2, context=10)
     epochs = [
         [int(row[0]) for i in range(5 * e, 5 * e + 5) for row in train.micro_batch(tokens, s, i)[0]] for e in (0, 1)
@@ -270,33 +260,27 @@ def test_every_window_once_per_epoch_in_an_order_of_seed_and_number():
 
 
 @pytest.mark.parametrize(
-    "trains, through, drawn, update",
-    [
-        ("middle", 1, [1, 3], "batch"),
-        ("middle", 2, [2, 1], "batch"),
-        ("middle", 1, [2, 1], "depth"),
-        ("all", 1, [0], "batch"),
-    ],
+    "trained, span, supervised",
+    [("middle", 1, [1, 3]), ("middle", 2, [2, 1]), ("middle", 3, [4]), ("all", 1, [0]), ("all", 9, [2])],
 )
-def test_operations_on_paper_are_those_that_run(trains, through, drawn, update):
-    """Against torch's count of matrix products, in which the logits are made again in backward."""
+def test_step_flops_are_those_that_torch_counts(trained, span, supervised):
+    """Against torch's count of matrix products."""
     model, (x, y) = random_model("llama"), batch()
-    s = Settings(batch=2, accumulate=1, context=12, trains=trains, through=through, update=update)
-    again = 24 * 2 * model.lm_head.weight.numel()
+    s = Settings(batch=2, accumulate=1, context=12, trains=trained, through=span)
+    lm = replace(s, objective="lm")
     train.make_optimizer(model, s)
-    with FlopCounterMode(display=False) as counter:
-        for step in deep_supervision(model, x, y, drawn, through, updated=update == "depth"):
-            sum(step).backward()
-    loop = counter.get_total_flops() - len(drawn) * again
-    train.make_optimizer(model, replace(s, objective="lm"))
-    with FlopCounterMode(display=False) as counter:
+    with FlopCounterMode(display=False) as looped_counter:
+        for terms in deep_supervision(model, x, y, supervised, span):
+            sum(terms).backward()
+    train.make_optimizer(model, lm)
+    with FlopCounterMode(display=False) as lm_counter:
         model.loss(model.propose(model.encode(x)), y)[0].backward()
-    lm = counter.get_total_flops() - again
-    whole = [train.step_flops(model, settings, drawn) for settings in (s, replace(s, objective="lm"))]
+    whole = train.step_flops(model, lm, supervised)
     heads, model.config.n_head = model.config.n_head, 0  # torch does not count this attention
-    matrices = [train.step_flops(model, settings, drawn) for settings in (s, replace(s, objective="lm"))]
-    assert abs(loop / matrices[0] - 1) < 0.005 and abs(lm / matrices[1] - 1) < 0.005
-    assert whole[1] - matrices[1] == 3 * 5 * 24 * 2 * 12 * heads * 8  # 2 T n hd per token and layer, thrice
+    assert abs(looped_counter.get_total_flops() / train.step_flops(model, s, supervised) - 1) < 0.01
+    assert abs(lm_counter.get_total_flops() / train.step_flops(model, lm, supervised) - 1) < 0.01
+    attention = 3 * 5 * 24 * 2 * 12 * heads * 8  # 2 T n hd per token and layer, thrice
+    assert whole - train.step_flops(model, lm, supervised) == attention
 
 
 def test_learning_rate_warms_up_and_decays():
@@ -330,15 +314,18 @@ def test_resumed_run_is_the_run_that_was_never_stopped(checkpoint, tmp_path, obj
     assert all(torch.equal(a[name], b[name]) for name in a)
 
 
-def test_log_has_what_was_asked_for(checkpoint, tmp_path):
+def test_log_lines_have_losses_speed_and_mfu(checkpoint, tmp_path):
     s = small_run(checkpoint, tmp_path / "run")
     model, _ = convert.load(train.train(s))
     rows = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
     steps = [r for r in rows if "lm" in r]
     assert [r["step"] for r in steps] == [1, 2, 3, 4, 5, 6]
     assert {"lm", "mono", "q", "lr", "grad_norm", "tokens_per_second", "mfu", "seconds_left"} <= steps[0].keys()
-    drawn = [random.Random(f"depths {s.seed} {r['step'] - 1}").sample(range(4), 2) for r in steps]
-    per_token = [train.step_flops(model, s, some) / (2 * 2 * 32) for some in drawn]
+    drawn = [train.supervised_passes(s, r["step"] - 1) for r in steps]
+    assert (
+        all(len(set(passes)) == 2 and set(passes) <= {0, 1, 2, 3} for passes in drawn) and len(set(map(str, drawn))) > 1
+    )
+    per_token = [train.step_flops(model, s, passes) / (2 * 2 * 32) for passes in drawn]
     peaks = [flops * r["tokens_per_second"] / r["mfu"] for flops, r in zip(per_token, steps)]
     assert all(0 < r["mfu"] < 1 for r in steps) and max(peaks) < 1.0001 * min(peaks)
     evaluations = [r["held_out"] for r in rows if "held_out" in r]
@@ -346,7 +333,7 @@ def test_log_has_what_was_asked_for(checkpoint, tmp_path):
     assert evaluations[-1]["1"] < evaluations[0]["1"]
 
 
-def test_choices_of_a_run(checkpoint, tmp_path):
+def test_update_per_depth_confidence_per_sequence_and_span_change_the_run(checkpoint, tmp_path):
     """An update per depth takes K times as many of the optimizer's steps; each choice makes another model."""
     choices = dict(plain={}, depth=dict(update="depth"), sequence=dict(confidence="sequence"), two=dict(through=2))
     models = {}
@@ -361,7 +348,7 @@ def test_choices_of_a_run(checkpoint, tmp_path):
 
 
 @pytest.mark.slow
-def test_compiled_training_gives_the_same(checkpoint, tmp_path):
+def test_compiled_training_is_uncompiled_training(checkpoint, tmp_path):
     plain = train.train(small_run(checkpoint, tmp_path / "plain", dtype="fp32", steps=3))
     fast = train.train(small_run(checkpoint, tmp_path / "fast", dtype="fp32", steps=3, compile=True))
     a, b = (convert.load(d)[0].state_dict() for d in (plain, fast))
