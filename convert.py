@@ -363,12 +363,14 @@ def load(src, device="cpu", dtype=torch.float32, **overrides):
 
 
 def without_added_tokens(tokenizer, vocab_size, directory):
-    """The tokenizer without added tokens that the model lacks, such as a padding token. Raises InputError where more is
-    beyond the model than these."""
+    """The tokenizer without added tokens that the model lacks, such as a padding token, and a line that says so. Raises
+    InputError where more is beyond the model than these."""
     known = [token for token in tokenizer.spec["added_tokens"] if token["id"] < vocab_size]
     reduced = Tokenizer(tokenizer.spec | {"added_tokens": known}, directory / "tokenizer.json")
     if reduced.n_vocab > vocab_size:
         raise InputError(f"{directory}: a tokenizer of {reduced.n_vocab} and a model of {vocab_size} tokens")
+    names = ", ".join(sorted(tokenizer.added.keys() - reduced.added.keys())[:5])
+    print(f"{directory}: the model lacks the added tokens {names}: they are read as plain text", file=sys.stderr)
     reduced.ends = {i for i in tokenizer.ends if i < vocab_size}
     if tokenizer.end_of_text in reduced.ends:
         reduced.end_of_text = tokenizer.end_of_text

@@ -33,7 +33,7 @@ class Settings(convert.Inference):
     top_k: int = flag(50, "draw among this many likeliest tokens", 1)
     top_p: float = flag(1.0, "of these, among the fewest likeliest that reach this probability", 0)
     seed: int = flag(2026, "of the random draws")
-    compile: bool = flag(False, "compile the step of a token: on a CPU some seconds, then three times as fast")
+    compile: bool = flag(False, "compile the step of a token: on a CPU some seconds, then two to three times as fast")
     trace: bool = flag(False, "show the next token's candidates after each pass instead of writing")
 
 

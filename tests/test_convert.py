@@ -428,7 +428,7 @@ def test_each_tensor_keeps_its_stored_dtype(tmp_path, command):
         assert torch.equal(written[name], stored[f"model.{theirs}.weight"])
 
 
-def test_added_tokens_beyond_the_model_are_left_out(tmp_path):
+def test_added_tokens_beyond_the_model_are_left_out(tmp_path, capsys):
     """Llama 2 with a padding token: 32,001 tokens and 32,000 embeddings. Its name is then text like any other."""
     directory = tmp_path / "padded"
     convert.save(random_model(), convert.byte_tokenizer(), directory, "hf")
@@ -438,6 +438,7 @@ def test_added_tokens_beyond_the_model_are_left_out(tmp_path):
     model, tokenizer = convert.load(directory)
     assert tokenizer.n_vocab == 257 and tokenizer.encode("a<pad><|endoftext|>") == [*b"a<pad>", 256]
     assert model(torch.tensor([tokenizer.encode("a<pad>")]), 0).isfinite().all()
+    assert "the model lacks the added tokens" in capsys.readouterr().err
 
 
 def test_damaged_and_missing_files_are_named(tmp_path):
