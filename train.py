@@ -111,7 +111,7 @@ def learning_rate(s, step):
 
 
 # ---- The model in training
-def trains(name, s):
+def is_trained(name, s):
     """Does the parameter of this name train? For the loop all but the encoder, for lm all but the gate and the head."""
     if s.objective == "lm":
         return not is_new(name)
@@ -127,7 +127,7 @@ def make_optimizer(model, s):
     """AdamW over what trains, with weight decay on matrices."""
     groups = {}
     for name, p in model.named_parameters():
-        p.requires_grad_(trains(name, s))
+        p.requires_grad_(is_trained(name, s))
         if p.requires_grad:
             groups.setdefault((is_new(name), p.dim() > 1), []).append(p)
     params = []
@@ -432,14 +432,14 @@ def train_step(run, s, tokens, signals):
             (sum(terms) * scale).backward()
             means[: len(terms)] += torch.stack(terms).detach() * weight
             if s.update == "depth":
-                norm = update(run, s)
+                norm = optimizer_step(run, s)
         convert.progress(f"step {run.step + 1}", i + 1, s.accumulate)
     if s.update == "batch":
-        norm = update(run, s)
+        norm = optimizer_step(run, s)
     return summed(means).tolist()[: len(terms)], norm
 
 
-def update(run, s):
+def optimizer_step(run, s):
     """Take the optimizer's step, unless the gradient is not finite. → its norm. Raises InputError after the fifth such
     gradient in a row."""
     if dist.is_initialized() and not run.sharded:
