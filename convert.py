@@ -345,10 +345,10 @@ def load(src, device="cpu", dtype=torch.float32, **overrides):
     directory = resolve(src)
     family, config, tied = read_config(directory / "config.json", given)
     tokenizer = load_tokenizer(directory)
-    if tokenizer and tokenizer.n_vocab > config.vocab_size:
-        tokenizer = without_added_tokens(tokenizer, config.vocab_size, directory)
     read_as = torch.float32 if dtype == torch.int8 else dtype
     model = read_model(directory, family, config, tied, device, read_as).eval()
+    if tokenizer and tokenizer.n_vocab > config.vocab_size:
+        tokenizer = without_added_tokens(tokenizer, config.vocab_size, directory)
     cuts = config.encoder_layers, config.decoder_layers
     if not family.looped and None in (encoder, decoder):
         cuts = default_cuts(model, tokenizer)
