@@ -583,7 +583,7 @@ def train(s):
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
     evaluate(run, s, held_out, log)
-    directory = Path(s.out, f"step-{s.steps:07d}")
+    directory = last_checkpoint(s)
     spent = f"{(time.time() - log.begun) / 60:.1f} minutes, peak memory {convert.peak_memory(run.device):.2f} GB"
     print(f"{s.objective}: {spent}, written to {directory}", flush=True)
     return directory
@@ -662,7 +662,7 @@ def write_untrained(directory, context, seed):
     torch.manual_seed(convert.valid_seed(seed))
     tokenizer = list_tokenizer()
     gpt2 = dict(model_type="gpt2", architectures=["GPT2LMHeadModel"], layer_norm_epsilon=1e-5)
-    gpt2.update(vocab_size=tokenizer.n_vocab, n_positions=context, n_layer=4, n_embd=64, n_head=4)
+    gpt2.update(vocab_size=tokenizer.n_vocab, n_positions=context, n_layer=4, n_embd=64, n_head=4, n_inner=128)
     _, values = convert.read_family(gpt2, directory)
     model = LoopUS(Config(**values))
     for name, p in model.named_parameters():
@@ -677,47 +677,52 @@ def write_untrained(directory, context, seed):
     convert.save(model, tokenizer, directory, "hf")
 
 
+def list_trainings(out, given):
+    """Write the documents and the untrained model to `out`, unless they are there. → the Settings of three trainings,
+    with the flags that were `given`: the base on short chains; the loop, made of it, on long ones; and the unlooped
+    control on the same ones, for twice as many steps."""
+    context = len(SLOTS) + 2 * QUESTIONS + 1  # one document and its end
+    short, long, held_out = (out / f"{name}.jsonl" for name in ("short", "long", "held_out"))
+    write_lists(short, 20_000, [1, 2], 1)
+    write_lists(long, 45_000, [3, 4, 8], 2)
+    write_lists(held_out, 300, [8], 3)
+    defaults = dict(
+        data=str(long), val=str(held_out), batch=64, accumulate=1, context=context, steps=700, lr=2e-3, new_lr=1.0,
+        warmup=50, max_loops=8, supervised=1, through=8, trains="all", encoder_layers=1, decoder_layers=1,
+        log_every=50, eval_every=10**9, eval_tokens=4096, dtype="fp32",
+    )  # fmt: skip
+    s = Settings(**defaults | given)
+    untrained = out / "untrained"
+    if not (untrained / "config.json").exists():
+        write_untrained(untrained, context, s.seed)
+    base = replace(s, init=str(untrained), out=str(out / "base"), data=str(short), objective="lm")
+    loop = replace(s, init=str(last_checkpoint(base)), out=str(out / "loop"))
+    control = replace(loop, out=str(out / "control"), objective="lm", steps=2 * s.steps)
+    return base, loop, control
+
+
+def last_checkpoint(s):
+    """Where a run of `s` ends."""
+    return Path(s.out) / f"step-{s.steps:07d}"
+
+
 def story(given):
-    """Pretrain a small model on short chains, recast it, train the loop on long ones, and the unlooped control on the
-    same ones for twice as many steps, and compare. `given` are the flags that were set. Raises InputError if they name
-    another text."""
+    """Pretrain a small model on short chains, recast it, train the loop on long ones and the unlooped control, and
+    compare. `given` are the flags that were set. Raises InputError if they name another text."""
     for name in ("data", "val", "objective", "context"):
         if name in given:
             raise InputError(f"--{name} without --init: name the model that is to be trained, such as --init=gpt2")
     begun = time.time()
     out = Path(given.pop("out", "out/story"))
     device, _ = convert.pick_device(given.get("device", ""), given.get("dtype", ""))
-    context = len(SLOTS) + 2 * QUESTIONS + 1  # one document and its end
-    short, long, held_out = (out / f"{name}.jsonl" for name in ("short", "long", "held_out"))
-    write_lists(short, 20_000, [1, 2], 1)
-    write_lists(long, 45_000, [3, 4, 6], 2)
-    write_lists(held_out, 300, [6], 3)
-    defaults = dict(
-        data=str(long), val=str(held_out), batch=64, accumulate=1, context=context, steps=700, lr=2e-3, new_lr=1.0,
-        warmup=50, max_loops=6, supervised=1, through=6, trains="all", encoder_layers=1, decoder_layers=1,
-        log_every=50, eval_every=10**9, eval_tokens=4096, dtype="fp32",
-    )  # fmt: skip
-    looped = Settings(**defaults | given)
-    unlooped = replace(looped, objective="lm")
-    untrained = out / "untrained"
-    if not (untrained / "config.json").exists():
-        write_untrained(untrained, context, looped.seed)
-    base = stage(
-        "1/3 pretrain a small model on chains of 1 and 2 links",
-        replace(unlooped, init=str(untrained), out=str(out / "base"), data=str(short)),
-    )
-    loop = stage(
-        "2/3 recast it and train the loop on chains of 3, 4 and 6 links",
-        replace(looped, init=str(base), out=str(out / "loop")),
-    )
-    control = stage(
-        "3/3 train the unlooped model on the same chains, for twice as many steps",
-        replace(unlooped, init=str(base), out=str(out / "control"), steps=2 * looped.steps),
-    )
-    convert.remember(loop)  # also where the loop was done before
-    show_story(base, control, loop, device, held_out)
+    base, loop, control = list_trainings(out, given)
+    stage("1/3 pretrain a small model on chains of 1 and 2 links", base)
+    stage("2/3 recast it and train the loop on chains of 3, 4 and 8 links", loop)
+    stage("3/3 train the unlooped model on the same chains, for twice as many steps", control)
+    convert.remember(last_checkpoint(loop))  # also where the loop was done before
+    show_story(last_checkpoint(base), last_checkpoint(control), last_checkpoint(loop), device, Path(loop.val))
     print(f"\nThat took {(time.time() - begun) / 60:.1f} minutes. Now ask it, or watch its answer form pass by pass:")
-    _, document = next(convert.read_records(held_out))
+    _, document = next(convert.read_records(Path(loop.val)))
     question = f'--prompt="{document["prompt"][0]}" --threshold=0.95'
     print(f"python sample.py --max_new_tokens=1 {question}\npython sample.py --trace {question}")
 
@@ -737,16 +742,16 @@ def show_story(base, control, loop, device, path):
 
 
 def stage(title, s):
-    """Run `s`, or go on with it where it was broken off. → its last checkpoint, at once if that is there."""
-    done = Path(s.out) / f"step-{s.steps:07d}"
+    """Run `s`, or go on with it where it was broken off. Nothing is to be done where its last checkpoint is there."""
+    done = last_checkpoint(s)
     if done.exists():
         before = convert.read_json(done / "settings.json") | {"resume": s.resume}
         if before != asdict(s):
             raise InputError(f"{done} was trained with other settings: name another --out")
         print(f"== {title}: done before, see {done}")
-        return done
+        return
     print(f"== {title}")
-    return train(replace(s, resume=bool(step_directories(s.out))))
+    train(replace(s, resume=bool(step_directories(s.out))))
 
 
 # ---- The command line
