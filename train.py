@@ -722,9 +722,18 @@ def story(given):
     convert.remember(last_checkpoint(loop))  # also where the loop was done before
     show_story(last_checkpoint(base), last_checkpoint(control), last_checkpoint(loop), device, Path(loop.val))
     print(f"\nThat took {(time.time() - begun) / 60:.1f} minutes. Now ask it, or watch its answer form pass by pass:")
-    _, document = next(convert.read_records(Path(loop.val)))
-    question = f'--prompt="{document["prompt"][0]}" --threshold=0.95'
+    question = f'--prompt="{question_of(Path(loop.val), "5 links")}" --threshold=0.95'
     print(f"python sample.py --max_new_tokens=1 {question}\npython sample.py --trace {question}")
+
+
+def question_of(path, kind):
+    """The first question of this kind in a file of lists, after what the slots hold."""
+    for _, document in convert.read_records(path):
+        if kind in document["kind"]:
+            question = document["prompt"][document["kind"].index(kind)]
+            held = document["prompt"][0].split()[: len(SLOTS)]
+            return f" {' '.join(held)} {question.split()[-1]}"
+    raise InputError(f"{path} has no question of {kind}: was it written by another version? Remove it")
 
 
 def show_story(base, control, loop, device, path):
