@@ -301,8 +301,8 @@ def check_window(family, raw, context, path):
 
 def config_to_write(config, format, dtype):
     """Our Config → (Family, config.json) of a checkpoint in that format, with weights of that dtype."""
-    if not config.base or dtype == torch.int8:
-        raise InputError("only a model that was loaded by convert.load, not as int8, can be written")
+    if not config.base:
+        raise InputError("only a model that was loaded by convert.load can be written")
     looped_config = {}
     base = config.base
     if base["model_type"] == "lds":
@@ -333,9 +333,9 @@ def config_to_write(config, format, dtype):
 def load(src, device="cpu", dtype=torch.float32, **overrides):
     """→ (model in eval mode, tokenizer or None) from `src`, a hub name or a directory.
 
-    dtype None: each tensor as it is stored; int8: rounded matrices, the rest float32. `overrides` are fields of Config
-    (encoder_layers=2); −1 and "" mean not given. A model that was never looped is cut by `default_cuts`. Raises
-    InputError for what is missing, misshapen or unsupported."""
+    dtype None: each tensor as it is stored. `overrides` are fields of Config (encoder_layers=2); −1 and "" mean not
+    given. A model that was never looped is cut by `default_cuts`. Raises InputError for what is missing, misshapen or
+    unsupported."""
     given = {name: value for name, value in overrides.items() if value not in (-1, "")}
     start = given.get("gate_start", "0.5")
     if start != "s4d" and not re.fullmatch(r"0?\.0*[1-9]\d*", start):
@@ -345,8 +345,7 @@ def load(src, device="cpu", dtype=torch.float32, **overrides):
     directory = resolve(src)
     family, config, tied = read_config(directory / "config.json", given)
     tokenizer = load_tokenizer(directory)
-    read_as = torch.float32 if dtype == torch.int8 else dtype
-    model = read_model(directory, family, config, tied, device, read_as).eval()
+    model = read_model(directory, family, config, tied, device, dtype).eval()
     if tokenizer and tokenizer.n_vocab > config.vocab_size:
         tokenizer = without_added_tokens(tokenizer, config.vocab_size, directory)
     cuts = config.encoder_layers, config.decoder_layers
@@ -357,8 +356,6 @@ def load(src, device="cpu", dtype=torch.float32, **overrides):
     if decoder is None:
         decoder = cuts[1]
     cut(model, encoder, decoder)
-    if dtype == torch.int8:
-        replace_linears(model, as_int8)
     return model, tokenizer
 
 
@@ -1848,7 +1845,7 @@ def keep_freed_memory():
         libc.mallopt(-1, (1 << 31) - 1)  # M_TRIM_THRESHOLD
 
 
-DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "int8": torch.int8}
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 
 def pick_device(name, dtype):
@@ -1913,26 +1910,20 @@ class Inference:
     dtype: str = flag("", "empty: bf16 where the device is good at it", None, tuple(DTYPES))
 
 
-# ---- For speed alone: compiled writing, and int8. A first reading may skip this.
+# ---- For speed alone: compiled writing. A first reading may skip this.
 class SumLinear(torch.nn.Module):
     """A linear layer that is a sum for one token: compiled for a CPU it reads the matrix at the memory's speed, twice
-    as fast as torch's product. scale (rows,): the matrix is int8, with a factor per row."""
+    as fast as torch's product."""
 
-    def __init__(self, weight, bias, scale=None):
+    def __init__(self, linear):
         super().__init__()
-        self.weight = torch.nn.Parameter(weight, requires_grad=False)
-        self.bias = bias
-        self.scale = scale
+        self.weight = linear.weight
+        self.bias = linear.bias
 
     def forward(self, x):
-        if x.is_cuda or x.numel() > x.size(-1):
-            weight = self.weight
-            if self.scale is not None:
-                weight = (weight * self.scale[:, None]).type_as(x)
-            return torch.nn.functional.linear(x, weight, self.bias)
+        if x.numel() > x.size(-1):
+            return torch.nn.functional.linear(x, self.weight, self.bias)
         y = (self.weight.float() * x.float()[..., None, :]).sum(dim=-1)
-        if self.scale is not None:
-            y = y * self.scale
         if self.bias is not None:
             y = y + self.bias
         return y.type_as(x)
@@ -1951,32 +1942,15 @@ def attend_with_sums(q, k, v, mask):
     return y.view(B, 1, n, hd)
 
 
-def replace_linears(model, replacement):
-    """Put replacement(linear) in place of each linear layer of the blocks, and of the head."""
-    for block in model.layers():
-        for name in ("qkv", "out", "up", "down"):
-            setattr(block, name, replacement(getattr(block, name)))
-    model.lm_head = replacement(model.lm_head)
-
-
-def as_sum(linear):
-    return SumLinear(linear.weight, linear.bias, getattr(linear, "scale", None))
-
-
-def as_int8(linear):
-    """The layer with its matrix rounded to int8: the largest entry of each row becomes ±127."""
-    scale = linear.weight.abs().amax(dim=1).clamp(min=1e-12) / 127
-    rounded = (linear.weight / scale[:, None]).round().to(torch.int8)
-    return SumLinear(rounded, linear.bias, scale)
-
-
 def compile_step(model):
     """Compile, in place, what one token of each text runs through when it is written: once for all layers, passes,
     positions and numbers of texts. Prompts run as before. On a CPU, sums take the place of the products."""
     if model.wte.weight.device.type == "cpu":
-        replace_linears(model, as_sum)
         for block in model.layers():
             block.attend = attend_with_sums
+            for name in ("qkv", "out", "up", "down"):
+                setattr(block, name, SumLinear(getattr(block, name)))
+        model.lm_head = SumLinear(model.lm_head)
     # A norm is to be stored before a matrix reads it, not computed again for each row of the matrix.
     options = {"realize_acc_reads_threshold": 2, "size_asserts": False}
     for block in model.layers():

@@ -348,7 +348,7 @@ class Speed:
     data: str = flag("", "held-out text: also the losses of 4,096 tokens, against those of fp32")
     profile: bool = flag(False, "where the time of a token of 8 passes goes")
     device: str = flag("", "cpu, cuda or mps")
-    dtype: str = flag("fp32", "of the weights", None, ("bf16", "fp32", "int8"))
+    dtype: str = flag("fp32", "of the weights", None, ("bf16", "fp32"))
 
 
 def synchronize(device):

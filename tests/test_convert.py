@@ -1223,3 +1223,9 @@ def test_a_model_of_two_layers_can_be_cut_by_hand(tmp_path):
     convert.save(random_model(n_layer=2, encoder_layers=0, decoder_layers=0), None, tmp_path / "two", "hf")
     model, _ = convert.load(tmp_path / "two", encoder_layers=1, decoder_layers=0)
     assert len(model.encoder) == len(model.reasoning) == 1
+
+
+def test_a_model_without_the_config_it_was_loaded_with_cannot_be_written(tmp_path):
+    with pytest.raises(InputError, match="only a model that was loaded by convert.load can be written"):
+        convert.save(random_model("llama", base=None), None, tmp_path / "out")
+    assert not (tmp_path / "out").exists()

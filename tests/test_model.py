@@ -234,29 +234,6 @@ def test_compiled_early_exit_is_the_definition_and_compiles_once(shape, more):
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] <= 6  # one text, some, some of those in the cache
 
 
-@pytest.mark.slow
-@torch.no_grad()
-def test_int8_rounding_and_logits_compiled_and_not(tmp_path):
-    exact, _ = convert.load(GOLDEN / "llama")
-    model, tokenizer = convert.load(GOLDEN / "llama", dtype=torch.int8)
-    assert model.encoder[0].up.weight.dtype == model.lm_head.weight.dtype == torch.int8
-    assert model.wte.weight.dtype == model.norm.weight.dtype == torch.float32
-    layer, matrix = model.reasoning[0].down, exact.reasoning[0].down.weight
-    difference = layer.weight * layer.scale[:, None] - matrix
-    assert (difference.abs() <= matrix.abs().amax(dim=1, keepdim=True) / 254 + 1e-7).all()  # half a step of 127
-    idx = torch.arange(20)[None]
-    wanted, got = exact(idx, 2), model(idx, 2)
-    assert 0 < (got - wanted).norm() / wanted.norm() < 0.05
-    cache = model.new_cache(1, 32, 2)
-    convert.compile_step(model)
-    model.advance(idx[:, :9], [0], cache, 2, Halt(threshold=2))
-    for t in range(9, 20):
-        logits, _ = model.advance(idx[:, t : t + 1], [t], cache, 2, Halt(threshold=2))
-        torch.testing.assert_close(logits, got[:, t], atol=1e-4, rtol=1e-4)
-    with pytest.raises(InputError, match="not as int8, can be written"):
-        convert.save(model, tokenizer, tmp_path / "out")
-
-
 @torch.no_grad()
 def test_a_pass_runs_only_on_texts_that_still_loop(model):
     idx, rows = torch.randint(0, 257, (6, 12)), []
