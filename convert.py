@@ -1181,6 +1181,11 @@ class TokenFinder:
         return parts
 
 
+def whole_characters(text):
+    """The text with U+FFFD for each half of a surrogate pair."""
+    return text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
+
+
 def is_word(character):
     r"""Whether one character is what the library's \w matches; "" is none."""
     category = unicodedata.category(character) if character else "Cn"
@@ -1260,11 +1265,16 @@ class Tokenizer:
         self.raw_finder = TokenFinder(raw)
         self.normalized_finder = TokenFinder(token_of)
 
-    def parts(self, text):
-        """→ [(normalized text for BPE, None) or ("", id of an added token)] in order."""
-        text = text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")  # half of a pair: U+FFFD
+    def parts(self, text, plain=""):
+        """→ [(normalized text for BPE, None) or ("", id of an added token)] in order; `plain`: see `encode`."""
+        raw_parts = self.raw_finder.split(whole_characters(text))
+        if plain:
+            before = ""
+            if raw_parts and raw_parts[-1][1] is None:
+                before, _ = raw_parts.pop()
+            raw_parts.append((before + whole_characters(plain), None))
         parts = []
-        for raw, raw_id in self.raw_finder.split(text):
+        for raw, raw_id in raw_parts:
             if raw_id is not None:
                 parts.append(("", raw_id))
             for part, i in self.normalized_finder.split(normalize(raw, self.normalizers)):
@@ -1285,10 +1295,11 @@ class Tokenizer:
             words += self.bpe.step.words(part) if i is None else [""]
         return words
 
-    def encode(self, text):
-        """Text → ids."""
+    def encode(self, text, plain=""):
+        """Text → ids. `plain` is more of the text, in which an added token such as <|im_end|> is none: what a user has
+        typed. (Those few that are looked for only in the normalized text are found there, too.)"""
         ids = []
-        for part, i in self.parts(text):
+        for part, i in self.parts(text, plain):
             ids += self.bpe.encode(part) if i is None else [i]
         return ids
 
@@ -1566,6 +1577,34 @@ def string(text, name):
     return text
 
 
+class Template(NamedTuple):
+    """How a family of models writes the messages of a conversation."""
+
+    opening: str  # before what somebody says; {role}: who it is
+    end: str  # after it
+    after: str  # between two messages
+
+
+CHATML = Template("<|im_start|>{role}\n", "<|im_end|>", "\n")  # SmolLM2, Qwen
+TEMPLATES = (
+    Template("<|start_header_id|>{role}<|end_header_id|>\n\n", "<|eot_id|>", ""),  # Llama 3
+    Template("<|im_start|>{role}<|im_sep|>", "<|im_end|>", ""),  # Phi-4
+    CHATML,
+)
+
+
+def find_template(directory, tokenizer):
+    """The Template of a checkpoint: the first whose special tokens the tokenizer has and, where tokenizer_config.json
+    holds a template, this one, too. Raises InputError where there is none."""
+    path = directory / "tokenizer_config.json"
+    stated = read_json(path).get("chat_template") if path.exists() else None
+    for template in TEMPLATES:
+        tokens = re.findall(r"<\|\w+\|>", "".join(template))
+        if tokenizer.added.keys() >= set(tokens) and (not stated or all(token in str(stated) for token in tokens)):
+            return template
+    raise InputError(f"{directory} has no chat template that we know (ChatML, Llama 3, Phi-4): take a model with one")
+
+
 def chat_segments(messages):
     require(isinstance(messages, list), 'its "messages" are no list')
     segments = []
@@ -1573,9 +1612,9 @@ def chat_segments(messages):
         require(isinstance(message, dict), "a message is no object")
         role = string(message.get("role"), "role")
         content = string(message.get("content"), "content")
-        segments.append(Segment(f"<|im_start|>{role}\n", False))
-        segments.append(Segment(f"{content}<|im_end|>", role == "assistant"))
-        segments.append(Segment("\n", False))
+        segments.append(Segment(CHATML.opening.format(role=role), False))
+        segments.append(Segment(content + CHATML.end, role == "assistant"))
+        segments.append(Segment(CHATML.after, False))
     return segments
 
 
@@ -1823,12 +1862,14 @@ def run(main):
 
 
 def mend_streams():
-    """Stand in for standard streams that are closed, and print a question mark for what an encoding lacks."""
+    """Stand in for standard streams that are closed, print a question mark for what an encoding lacks, and take no
+    input that is not in it, as Python does in some locales."""
     sys.stdin = sys.stdin or open(os.devnull)
     sys.stdout = sys.stdout or open(os.devnull, "w")
     sys.stderr = sys.stderr or open(os.devnull, "w")
-    if hasattr(sys.stdout, "reconfigure"):
-        sys.stdout.reconfigure(errors="replace")
+    for stream, errors in ((sys.stdout, "replace"), (sys.stdin, "strict")):
+        if hasattr(stream, "reconfigure") and stream.errors != errors:
+            stream.reconfigure(errors=errors)
 
 
 def is_out_of_memory(error):
