@@ -34,7 +34,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from loopus import RULES, Config, InputError, LoopUS, attend
+from loopus import RULES, Config, Halt, InputError, LoopUS, attend
 
 
 # ---- Families of models and their config.json
@@ -1800,7 +1800,7 @@ def parse(settings, *positional):
     parser = OneLineParser(description=settings.__doc__, allow_abbrev=False, argument_default=SUPPRESS)
     for setting in fields(settings):
         help = setting.metadata["help"].replace("%", "%%")
-        if setting.default != "":
+        if setting.default not in ("", None):
             help += f" (default {setting.default})"
         name = f"--{setting.name}"
         if setting.name in positional:
@@ -2030,6 +2030,48 @@ def compiled_for_one_token(plain, compiled, x, at, kv=None):
     if x.size(1) == 1:
         return compiled(x, at, kv)
     return plain(x, at, kv)
+
+
+MUCH_TO_READ = 100e9  # weights, as 124 tokens of SmolLM2-135M at 8 passes read: so many paid for the first compiling
+
+
+def pays_to_compile(model, tokens, max_loops):
+    """Is writing so many tokens work enough on this device to compile it? Where it is and there is no compiler, a line
+    says so."""
+    if model.wte.weight.device.type != "cpu":
+        return False
+    ends = [*model.encoder, *model.decoder, model.lm_head]
+    per_token = count_weights(ends) + max(1, max_loops) * count_weights(model.reasoning)
+    if tokens * per_token < MUCH_TO_READ:
+        return False
+    default = {"darwin": "clang++", "win32": "cl"}.get(sys.platform, "g++")
+    compiler = from_environment("CXX") or default
+    if not shutil.which(compiler):
+        print(f"no C++ compiler ({compiler}), which would make writing faster: going on without", file=sys.stderr)
+        return False
+    return True
+
+
+def count_weights(modules):
+    return sum(p.numel() for module in modules for p in module.parameters())
+
+
+def try_to_compile(model):
+    """→ the model with its step compiled, a copy that shares its weights; or, with a line that says why, the model."""
+    print("compiling, which takes some seconds (--no-compile leaves it out)", file=sys.stderr)
+    shared = {id(p): p for p in model.parameters()}
+    compiled = copy.deepcopy(model, shared)
+    compile_step(compiled)
+    idx = torch.zeros(1, 1, dtype=torch.long, device=model.wte.weight.device)
+    size = min(13, model.config.block_size)  # the size of no layer: torch would fix it as that
+    try:
+        compiled.advance(idx, [0], compiled.new_cache(1, size, 1), 1, Halt())
+    except Exception as e:  # of many types: of torch, of the compiler, of the disk
+        if is_out_of_memory(e):
+            raise
+        print(f"compiling failed, going on without: {one_line(e):.200}", file=sys.stderr)
+        return model
+    return compiled
 
 
 # ---- convert.py itself

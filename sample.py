@@ -34,7 +34,7 @@ class Settings(convert.Inference):
     top_k: int = flag(50, "draw among this many likeliest tokens", 1)
     top_p: float = flag(1.0, "of these, among the fewest likeliest that reach this probability", 0)
     seed: int = flag(2026, "of the random draws")
-    compile: bool = flag(False, "compile the step of a token: on a CPU some seconds, then two to three times as fast")
+    compile: bool = flag(None, "compile the step of a token; by default on a CPU, where enough is to be written")
     trace: bool = flag(False, "show the next token's candidates after each pass instead of writing")
     chat: bool = flag(False, "a conversation in the model's chat template; each line that is typed or piped is a turn")
     system: str = flag("", "with --chat: the system message; empty: none, also where transformers has one by default")
@@ -262,8 +262,10 @@ def main():
     model, tokenizer = convert.load(s.init, device, dtype)
     if tokenizer is None:
         raise InputError(f"{s.init or 'the model'} has no tokenizer.json: text cannot be read or written without one")
+    if s.compile is None:
+        s.compile = not s.trace and convert.pays_to_compile(model, s.max_new_tokens, s.max_loops)
     if s.compile:
-        convert.compile_step(model)
+        model = convert.try_to_compile(model)
     if s.chat:
         return chat(model, tokenizer, s)
     for prompt in inputs(s):

@@ -913,3 +913,40 @@ def test_help_lists_every_flag(program):
     assert ended.returncode == 0
     for name in module.Settings.__dataclass_fields__:
         assert (name if name in positional else f"--{name}") in ended.stdout
+
+
+def test_writing_is_compiled_where_it_pays_and_a_compiler_is_there(command, checkpoint, tmp_path, monkeypatch):
+    model, _ = convert.load(checkpoint[0])
+    monkeypatch.setenv("CXX", sys.executable)  # is there
+    per_token = sum(p.numel() for p in model.reasoning.parameters())
+    monkeypatch.setattr(convert, "MUCH_TO_READ", 200 * 8 * per_token)
+    assert convert.pays_to_compile(model, 200, 8) and not convert.pays_to_compile(model, 20, 8)
+    assert not convert.pays_to_compile(model, 200, 1) and not convert.pays_to_compile(model.to("meta"), 200, 8)
+    compiled = []
+    monkeypatch.setattr(convert, "try_to_compile", lambda model: compiled.append(1) or model)
+    flags = [f"--init={checkpoint[0]}", "--prompt=def ", "--max_new_tokens=4", "--dtype=fp32"]
+    monkeypatch.setattr(convert, "MUCH_TO_READ", 1)
+    code, text, _ = command(sample, *flags)
+    assert code == 0 and len(compiled) == 1
+    assert command(sample, *flags, "--no-compile")[:2] == (0, text) and len(compiled) == 1
+    assert command(sample, *flags, "--trace")[0] == 0 and len(compiled) == 1
+    monkeypatch.setenv("CXX", str(tmp_path / "no-compiler"))
+    code, again, err = command(sample, *flags)
+    assert (code, again) == (0, text) and len(compiled) == 1
+    assert err.count("no-compiler), which would make writing faster") == 1
+    monkeypatch.undo()
+    assert "ompil" not in command(sample, *flags)[2]  # a small model writes at once
+
+
+@pytest.mark.slow
+def test_a_broken_compiler_is_one_line_and_writing_goes_on(checkpoint, tmp_path):
+    flags = ["--prompt=def ", "--max_new_tokens=6", "--temperature=0", "--dtype=fp32"]
+    arguments = [sys.executable, "sample.py", f"--init={checkpoint[0]}", *flags]
+    environment = os.environ | dict(TORCHINDUCTOR_CACHE_DIR=str(tmp_path / "inductor"), CXX="false")
+    runs = [
+        subprocess.run([*arguments, how], cwd=ROOT, capture_output=True, text=True, env=environment)
+        for how in ("--compile", "--no-compile")
+    ]
+    assert runs[0].returncode == runs[1].returncode == 0 and runs[0].stdout == runs[1].stdout, runs[0].stderr
+    lines = [line for line in runs[0].stderr.splitlines() if line]
+    assert len(lines) == 3 and lines[1].startswith("compiling failed, going on without: "), lines
