@@ -1394,15 +1394,32 @@ def find_files(data):
         pattern = f"{glob.escape(os.path.dirname(os.__file__))}/*.py"
     elif os.path.isfile(pattern):  # also where its name looks like a glob: text[1].txt
         pattern = glob.escape(pattern)
-    elif os.path.isdir(pattern):
-        pattern = f"{glob.escape(pattern)}/**"
-    paths = [Path(name) for name in glob.glob(pattern, recursive=True)]
+    if os.path.isdir(pattern):
+        paths = files_below(pattern)
+    else:
+        paths = map(Path, glob.glob(pattern, recursive=True))
     files = sorted(path for path in paths if path.is_file() and not path.name.startswith("."))
     filled = [file for file in files if file.stat().st_size > 0]
     if not filled:
         problem = "is empty" if files else "matches no file"
         raise InputError(f"{data} {problem}: expected text, a directory, a glob")
     return filled
+
+
+def files_below(directory):
+    """The paths of all files in a directory and those in it, also where links lead. Each directory is entered once:
+    links can lead in a circle, as those in /proc do."""
+    entered = set()
+    for place, directories, names in os.walk(directory, followlinks=True):
+        status = os.stat(place)
+        key = (status.st_dev, status.st_ino)
+        if key in entered:
+            directories.clear()
+            continue
+        entered.add(key)
+        directories[:] = sorted(name for name in directories if not name.startswith("."))
+        for name in names:
+            yield Path(place, name)
 
 
 def load_data(data, val, tokenizer):
@@ -1412,7 +1429,7 @@ def load_data(data, val, tokenizer):
         held_out = find_files(val)
     elif len(files) >= 20:
         held_out = files[::20]
-        files = [file for file in files if file not in held_out]
+        del files[::20]
     else:
         tokens = load_tokens(files, tokenizer)
         end = len(tokens) - len(tokens) // 20
@@ -2004,6 +2021,7 @@ def as_sum(linear):
     return SumLinear(linear.weight, linear.bias, getattr(linear, "scale", None))
 
 
+@torch.no_grad()
 def as_int8(linear):
     """The layer with its matrix rounded to int8: the largest entry of each row becomes ±127."""
     scale = linear.weight.abs().amax(dim=1).clamp(min=1e-12) / 127

@@ -12,6 +12,7 @@ import signal
 import subprocess
 import sys
 import time
+from datetime import timedelta
 
 import numpy as np
 import pytest
@@ -658,6 +659,32 @@ def test_optimizer_of_another_step_is_left_out(command, checkpoint, tmp_path):
     assert code == 0 and "step 5  lm" in out and "does not hold the optimizer of that step" in err
 
 
+def wider(state):
+    state[3]["exp_avg"] = torch.zeros(3, 3)
+
+
+def no_moments(state):
+    state[3] = 3
+
+
+def of_no_parameter(state):
+    state[100] = state[3]
+
+
+@pytest.mark.parametrize("spoil", [wider, no_moments, of_no_parameter])
+def test_moments_that_do_not_fit_their_parameters_are_damage(command, checkpoint, tmp_path, spoil):
+    run = tmp_path / "run"
+    assert trained(command, checkpoint, run)[0] == 0
+    shutil.copytree(run / "step-0000004", run / "step-0000005")
+    path = run / "step-0000005" / "optimizer.pt"
+    saved = torch.load(path, weights_only=True) | dict(step=5)
+    spoil(saved["optimizer"]["state"])
+    torch.save(saved, path)
+    code, out, err = command(train, "--resume", f"--out={run}", "--steps=5", "--keep=3")
+    assert code == 0 and "step 5  lm" in out and err.count("\n") == 1, err
+    assert "leaving out step-0000005" in err and "the moments of parameter" in err
+
+
 def test_out_that_is_a_file_is_named(command, checkpoint, tmp_path):
     (tmp_path / "run").write_text("mine")
     wrong(trained(command, checkpoint, tmp_path / "run"), "exists", "run")
@@ -722,11 +749,28 @@ def test_environment_of_a_cluster(command, checkpoint, tmp_path, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
     monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
-    monkeypatch.setattr(train.dist, "init_process_group", lambda: None)
+    monkeypatch.setattr(train.dist, "rendezvous", lambda url, timeout: iter([(train.dist.HashStore(), 5, 4)]))
+    monkeypatch.setattr(train.dist, "init_process_group", lambda **place: None)
     train.join_processes()
     monkeypatch.setenv("LOCAL_RANK", "3")
     train.join_processes()
     assert chosen == [1, 3]
+
+
+@pytest.mark.parametrize("number", [0, 1])
+def test_variables_left_over_from_a_cluster_do_not_wait_for_ever(command, checkpoint, tmp_path, monkeypatch, number):
+    monkeypatch.setattr(train, "JOIN", timedelta(seconds=1))
+    monkeypatch.delenv("TORCHELASTIC_RUN_ID", raising=False)
+    place = dict(RANK=number, WORLD_SIZE=2, MASTER_ADDR="127.0.0.1", MASTER_PORT=29531)
+    for name, value in place.items():
+        monkeypatch.setenv(name, str(value))
+    begun = time.time()
+    ended = trained(command, checkpoint, tmp_path / "run")
+    stated = ", ".join(f"{name}={value}" for name, value in place.items())
+    wrong(ended, stated, "do not start processes", "use torchrun, or unset them")
+    assert time.time() - begun < 30 and "waiting for the other processes, 0:00:01 at most" in ended[1]
+    wrong(command(train), "RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT are set", "unset them")
+    assert not (tmp_path / "run").exists()
 
 
 def test_text_in_which_no_sequence_has_anything_to_learn(command, checkpoint, tmp_path):
@@ -770,6 +814,18 @@ def test_answers_without_a_prompt_or_a_token(tmp_path):
     path.write_text("".join(json.dumps(record) + "\n" for record in records))
     documents = evaluation.read_answers(path, convert.byte_tokenizer())
     assert documents == [([256, *b"abc"], [("x", 1, 3)])]  # <|endoftext|> comes before
+
+
+def test_profile_takes_device_and_precision_and_refuses_other_flags(command, checkpoint):
+    flags = ["--task=profile", f"--init={checkpoint[0]}"]
+    code, exact, err = command(evaluation, *flags, "--dtype=fp32", "--device=cpu")
+    assert code == 0, err
+    code, rounded, err = command(evaluation, *flags, "--dtype=bf16")
+    assert code == 0 and len(rounded.splitlines()) == len(exact.splitlines()) and rounded != exact, err
+    assert command(evaluation, *flags, "--dtype=int8")[0] == 0
+    wrong(command(evaluation, *flags, "--device=abacus"), "--device=abacus is not available")
+    for flag in ("--max_loops=3", "--data=a.txt", "--json"):
+        wrong(command(evaluation, *flags, flag), f"--task=profile takes no {flag.split('=')[0]}")
 
 
 def test_speed_refuses_and_ends_in_one_line(command, checkpoint, tmp_path):
