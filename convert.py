@@ -2050,7 +2050,7 @@ def compiled_for_one_token(plain, compiled, x, at, kv=None):
     return plain(x, at, kv)
 
 
-MUCH_TO_READ = 100e9  # weights, as 124 tokens of SmolLM2-135M at 8 passes read: so many paid for the first compiling
+MUCH_TO_READ = 100e9  # weights, as 124 tokens of SmolLM2-135M at 8 passes read: then the first compiling has paid
 
 
 def pays_to_compile(model, tokens, max_loops):

@@ -50,6 +50,7 @@ def tint(text, passes, max_loops):
 
 
 def rule(s):
+    """When a token stops, by these settings."""
     return Halt(s.halt, s.threshold, s.epsilon, s.min_loops)
 
 
@@ -86,11 +87,12 @@ def show(steps, model, tokenizer, s):
 
 
 def write(model, tokenizer, prompt, s):
-    """Stream the continuation of a prompt."""
+    """Print a prompt and its continuation."""
     print_legend(s)
     print(prompt, end="", flush=True)
     ids = prompt_tokens(tokenizer, prompt)
-    show(model.stream([ids], s.max_new_tokens, s.max_loops, rule(s), drawing(model, s)), model, tokenizer, s)
+    steps = model.stream([ids], s.max_new_tokens, s.max_loops, rule(s), drawing(model, s))
+    show(steps, model, tokenizer, s)
 
 
 def prompt_tokens(tokenizer, prompt):
@@ -175,9 +177,8 @@ class Conversation:
             yield [(token, depth[0, -1].item())]
 
 
-def chat(model, tokenizer, s):
+def chat(model, tokenizer, template, s):
     """Answer what is said, in one conversation."""
-    template = convert.find_template(convert.resolve(s.init), tokenizer)
     conversation = Conversation(model, tokenizer, template, s)
     print_legend(s)
     for question in inputs(s):
@@ -233,9 +234,8 @@ def inputs(s):
         if s.prompt:
             yield s.prompt
         elif sys.stdin.isatty():
-            print(
-                f"{'Say something.' if s.chat else 'What should it continue?'} An empty line ends. Ctrl-C stops a text."
-            )
+            greeting = "Say something." if s.chat else "What should it continue?"
+            print(f"{greeting} An empty line ends. Ctrl-C stops a text.")
             yield from lines("\n> ")
         elif s.chat:
             yield from lines("")
@@ -262,12 +262,14 @@ def main():
     model, tokenizer = convert.load(s.init, device, dtype)
     if tokenizer is None:
         raise InputError(f"{s.init or 'the model'} has no tokenizer.json: text cannot be read or written without one")
+    if s.chat:
+        template = convert.find_template(convert.resolve(s.init), tokenizer)
     if s.compile is None:
         s.compile = not s.trace and convert.pays_to_compile(model, s.max_new_tokens, s.max_loops)
     if s.compile:
         model = convert.try_to_compile(model)
     if s.chat:
-        return chat(model, tokenizer, s)
+        return chat(model, tokenizer, template, s)
     for prompt in inputs(s):
         if s.trace:
             trace(model, tokenizer, prompt, s)
