@@ -34,7 +34,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from loopus import RULES, Config, InputError, LoopUS, attend
+from loopus import RULES, Config, Halt, InputError, LoopUS, attend
 
 
 # ---- Families of models and their config.json
@@ -1178,6 +1178,11 @@ class TokenFinder:
         return parts
 
 
+def whole_characters(text):
+    """The text with U+FFFD for each half of a surrogate pair."""
+    return text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
+
+
 def is_word(character):
     r"""Whether one character is what the library's \w matches; "" is none."""
     category = unicodedata.category(character) if character else "Cn"
@@ -1257,11 +1262,16 @@ class Tokenizer:
         self.raw_finder = TokenFinder(raw)
         self.normalized_finder = TokenFinder(token_of)
 
-    def parts(self, text):
-        """→ [(normalized text for BPE, None) or ("", id of an added token)] in order."""
-        text = text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")  # half of a pair: U+FFFD
+    def parts(self, text, plain=""):
+        """→ [(normalized text for BPE, None) or ("", id of an added token)] in order; `plain`: see `encode`."""
+        raw_parts = self.raw_finder.split(whole_characters(text))
+        if plain:
+            before = ""
+            if raw_parts and raw_parts[-1][1] is None:
+                before, _ = raw_parts.pop()
+            raw_parts.append((before + whole_characters(plain), None))
         parts = []
-        for raw, raw_id in self.raw_finder.split(text):
+        for raw, raw_id in raw_parts:
             if raw_id is not None:
                 parts.append(("", raw_id))
             for part, i in self.normalized_finder.split(normalize(raw, self.normalizers)):
@@ -1282,10 +1292,11 @@ class Tokenizer:
             words += self.bpe.step.words(part) if i is None else [""]
         return words
 
-    def encode(self, text):
-        """Text → ids."""
+    def encode(self, text, plain=""):
+        """Text → ids. `plain` is more of the text, in which an added token such as <|im_end|> is none: what a user has
+        typed. (Those few that are looked for only in the normalized text are found there, too.)"""
         ids = []
-        for part, i in self.parts(text):
+        for part, i in self.parts(text, plain):
             ids += self.bpe.encode(part) if i is None else [i]
         return ids
 
@@ -1380,15 +1391,32 @@ def find_files(data):
         pattern = f"{glob.escape(os.path.dirname(os.__file__))}/*.py"
     elif os.path.isfile(pattern):  # also where its name looks like a glob: text[1].txt
         pattern = glob.escape(pattern)
-    elif os.path.isdir(pattern):
-        pattern = f"{glob.escape(pattern)}/**"
-    paths = [Path(name) for name in glob.glob(pattern, recursive=True)]
+    if os.path.isdir(pattern):
+        paths = files_below(pattern)
+    else:
+        paths = map(Path, glob.glob(pattern, recursive=True))
     files = sorted(path for path in paths if path.is_file() and not path.name.startswith("."))
     filled = [file for file in files if file.stat().st_size > 0]
     if not filled:
         problem = "is empty" if files else "matches no file"
         raise InputError(f"{data} {problem}: expected text, a directory, a glob")
     return filled
+
+
+def files_below(directory):
+    """The paths of all files in a directory and those in it, also where links lead. Each directory is entered once:
+    links can lead in a circle, as those in /proc do."""
+    entered = set()
+    for place, directories, names in os.walk(directory, followlinks=True):
+        status = os.stat(place)
+        key = (status.st_dev, status.st_ino)
+        if key in entered:
+            directories.clear()
+            continue
+        entered.add(key)
+        directories[:] = sorted(name for name in directories if not name.startswith("."))
+        for name in names:
+            yield Path(place, name)
 
 
 def load_data(data, val, tokenizer):
@@ -1398,7 +1426,7 @@ def load_data(data, val, tokenizer):
         held_out = find_files(val)
     elif len(files) >= 20:
         held_out = files[::20]
-        files = [file for file in files if file not in held_out]
+        del files[::20]
     else:
         tokens = load_tokens(files, tokenizer)
         end = len(tokens) - len(tokens) // 20
@@ -1563,6 +1591,34 @@ def string(text, name):
     return text
 
 
+class Template(NamedTuple):
+    """How a family of models writes the messages of a conversation."""
+
+    opening: str  # before what somebody says; {role}: who it is
+    end: str  # after it
+    after: str  # between two messages
+
+
+CHATML = Template("<|im_start|>{role}\n", "<|im_end|>", "\n")  # SmolLM2, Qwen
+TEMPLATES = (
+    Template("<|start_header_id|>{role}<|end_header_id|>\n\n", "<|eot_id|>", ""),  # Llama 3
+    Template("<|im_start|>{role}<|im_sep|>", "<|im_end|>", ""),  # Phi-4
+    CHATML,
+)
+
+
+def find_template(directory, tokenizer):
+    """The Template of a checkpoint: the first whose special tokens the tokenizer has and, where tokenizer_config.json
+    holds a template, this one, too. Raises InputError where there is none."""
+    path = directory / "tokenizer_config.json"
+    stated = read_json(path).get("chat_template") if path.exists() else None
+    for template in TEMPLATES:
+        tokens = re.findall(r"<\|\w+\|>", "".join(template))
+        if tokenizer.added.keys() >= set(tokens) and (not stated or all(token in str(stated) for token in tokens)):
+            return template
+    raise InputError(f"{directory} has no chat template that we know (ChatML, Llama 3, Phi-4): take a model with one")
+
+
 def chat_segments(messages):
     require(isinstance(messages, list), 'its "messages" are no list')
     segments = []
@@ -1570,9 +1626,9 @@ def chat_segments(messages):
         require(isinstance(message, dict), "a message is no object")
         role = string(message.get("role"), "role")
         content = string(message.get("content"), "content")
-        segments.append(Segment(f"<|im_start|>{role}\n", False))
-        segments.append(Segment(f"{content}<|im_end|>", role == "assistant"))
-        segments.append(Segment("\n", False))
+        segments.append(Segment(CHATML.opening.format(role=role), False))
+        segments.append(Segment(content + CHATML.end, role == "assistant"))
+        segments.append(Segment(CHATML.after, False))
     return segments
 
 
@@ -1758,7 +1814,7 @@ def parse(settings, *positional):
     parser = OneLineParser(description=settings.__doc__, allow_abbrev=False, argument_default=SUPPRESS)
     for setting in fields(settings):
         help = setting.metadata["help"].replace("%", "%%")
-        if setting.default != "":
+        if setting.default not in ("", None):
             help += f" (default {setting.default})"
         name = f"--{setting.name}"
         if setting.name in positional:
@@ -1820,12 +1876,14 @@ def run(main):
 
 
 def mend_streams():
-    """Stand in for standard streams that are closed, and print a question mark for what an encoding lacks."""
+    """Stand in for standard streams that are closed, print a question mark for what an encoding lacks, and take no
+    input that is not in it, as Python does in some locales."""
     sys.stdin = sys.stdin or open(os.devnull)
     sys.stdout = sys.stdout or open(os.devnull, "w")
     sys.stderr = sys.stderr or open(os.devnull, "w")
-    if hasattr(sys.stdout, "reconfigure"):
-        sys.stdout.reconfigure(errors="replace")
+    for stream, errors in ((sys.stdout, "replace"), (sys.stdin, "strict")):
+        if hasattr(stream, "reconfigure") and stream.errors != errors:
+            stream.reconfigure(errors=errors)
 
 
 def is_out_of_memory(error):
@@ -1963,6 +2021,48 @@ def compiled_for_one_token(plain, compiled, x, at, kv=None):
     if x.size(1) == 1:
         return compiled(x, at, kv)
     return plain(x, at, kv)
+
+
+MUCH_TO_READ = 100e9  # weights, as 124 tokens of SmolLM2-135M at 8 passes read: then the first compiling has paid
+
+
+def pays_to_compile(model, tokens, max_loops):
+    """Is writing so many tokens work enough on this device to compile it? Where it is and there is no compiler, a line
+    says so."""
+    if model.wte.weight.device.type != "cpu":
+        return False
+    ends = [*model.encoder, *model.decoder, model.lm_head]
+    per_token = count_weights(ends) + max(1, max_loops) * count_weights(model.reasoning)
+    if tokens * per_token < MUCH_TO_READ:
+        return False
+    default = {"darwin": "clang++", "win32": "cl"}.get(sys.platform, "g++")
+    compiler = from_environment("CXX") or default
+    if not shutil.which(compiler):
+        print(f"no C++ compiler ({compiler}), which would make writing faster: going on without", file=sys.stderr)
+        return False
+    return True
+
+
+def count_weights(modules):
+    return sum(p.numel() for module in modules for p in module.parameters())
+
+
+def try_to_compile(model):
+    """→ the model with its step compiled, a copy that shares its weights; or, with a line that says why, the model."""
+    print("compiling, which takes some seconds (--no-compile leaves it out)", file=sys.stderr)
+    shared = {id(p): p for p in model.parameters()}
+    compiled = copy.deepcopy(model, shared)
+    compile_step(compiled)
+    idx = torch.zeros(1, 1, dtype=torch.long, device=model.wte.weight.device)
+    size = min(13, model.config.block_size)  # the size of no layer: torch would fix it as that
+    try:
+        compiled.advance(idx, [0], compiled.new_cache(1, size, 1), 1, Halt())
+    except Exception as e:  # of many types: of torch, of the compiler, of the disk
+        if is_out_of_memory(e):
+            raise
+        print(f"compiling failed, going on without: {one_line(e):.200}", file=sys.stderr)
+        return model
+    return compiled
 
 
 # ---- convert.py itself

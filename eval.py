@@ -298,7 +298,8 @@ def row(passes, mean_passes, loss, factor):
 # ---- Where to cut, Fig. 1a
 def measure_profile(s):
     """The profile, the cuts, and the untrained losses of these and of their neighbours, on a short sample text."""
-    model, tokenizer = convert.load(s.init)
+    device, dtype = convert.pick_device(s.device, s.dtype)
+    model, tokenizer = convert.load(s.init, device, dtype)
     convert.show_profile(model, tokenizer)
     encoder, decoder = len(model.encoder), len(model.decoder)
     idx = convert.sample_text(model, tokenizer)
@@ -568,8 +569,12 @@ def measure_speed(s):
 def main():
     if re.search("--task[= ]speed", " ".join(sys.argv)):
         return measure_speed(Speed(**convert.parse(Speed, "init")))
-    s = Settings(**convert.parse(Settings))
+    given = convert.parse(Settings)
+    s = Settings(**given)
     if s.task == "profile":
+        others = given.keys() - {"task", "init", "device", "dtype"}
+        if others:
+            raise InputError(f"--task=profile takes no --{min(others)}, only --init, --device, --dtype: leave it out")
         return measure_profile(s)
     measure_losses(s)
 

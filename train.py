@@ -16,6 +16,7 @@ import sys
 import time
 import warnings
 from dataclasses import asdict, dataclass, fields, replace
+from datetime import timedelta
 from functools import lru_cache, partial
 from pathlib import Path
 
@@ -277,6 +278,21 @@ def read_optimizer(directory):
     return saved
 
 
+def check_moments(state, model, s, directory):
+    """Raise InputError unless AdamW's moments, {number of a parameter: {name: tensor}}, fit what trains."""
+    params = [p for group in make_optimizer(model, s).param_groups for p in group["params"]]
+    expected = {}
+    for i, p in enumerate(params):
+        expected[i] = {"step": (), "exp_avg": tuple(p.shape), "exp_avg_sq": tuple(p.shape)}
+    for i, moments in state.items():
+        shapes = moments
+        if isinstance(moments, dict):
+            shapes = {name: tuple(x.shape) if torch.is_tensor(x) else x for name, x in moments.items()}
+        if shapes != expected.get(i):
+            problem = f"the moments of parameter {i} have the shapes {shapes!s:.80}, expected {expected.get(i)}"
+            raise InputError(f"{directory / 'optimizer.pt'} is damaged: {problem}")
+
+
 def load_newest(s, device, cuts):
     """→ model, tokenizer and the content of optimizer.pt of the newest whole checkpoint in s.out. Raises InputError if
     there is none, or if it is beyond s.steps."""
@@ -285,6 +301,7 @@ def load_newest(s, device, cuts):
             read_settings(directory)
             saved = read_optimizer(directory)
             model, tokenizer = convert.load(directory, device, **cuts)
+            check_moments(saved["optimizer"]["state"], model, s, directory)
         except (InputError, OSError) as e:
             print(f"leaving out {directory.name}, trying the one before: {e}", file=sys.stderr)
             continue
@@ -781,13 +798,18 @@ def resumed(given):
 
 
 def join_processes():
-    """Join the processes that torchrun has started. Raises InputError where its environment variables are no such."""
+    """Join the processes that torchrun has started. Raises InputError where its environment variables are no such, or
+    where the others do not come within JOIN."""
+    if "TORCHELASTIC_RUN_ID" not in os.environ:  # perhaps the variables are left over, and nobody else will come
+        print(f"{', '.join(LAUNCH)} are set: waiting for the other processes, {JOIN} at most", flush=True)
     place = {name: os.environ.get(name) for name in (*LAUNCH, "LOCAL_RANK")}
     try:
         if torch.cuda.is_available():
             local_rank = place["LOCAL_RANK"] or int(place["RANK"]) % torch.cuda.device_count()
             torch.cuda.set_device(int(local_rank))
-        dist.init_process_group()
+        store, number, count = next(dist.rendezvous("env://", timeout=JOIN))
+        store.set_timeout(FETCH)
+        dist.init_process_group(store=store, rank=number, world_size=count)
     except (ValueError, RuntimeError) as e:
         stated = ", ".join(f"{name}={value}" for name, value in place.items())
         raise InputError(f"{stated} do not start processes ({e!s:.120}): use torchrun, or unset them") from None
@@ -796,6 +818,8 @@ def join_processes():
 
 
 LAUNCH = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")  # what torchrun sets, and leftovers of clusters seldom do
+JOIN = timedelta(minutes=5)  # in which all processes must have started
+FETCH = timedelta(minutes=30)  # for which they wait while the first one fetches the model; torch's default
 
 
 def main():
@@ -806,7 +830,8 @@ def main():
         given = resumed(given)
     launched = set(LAUNCH) <= os.environ.keys()
     if launched and not given.get("init") and not given.get("resume"):
-        raise InputError("the whole story runs in one process: python train.py; or give --init to torchrun")
+        problem = f"{', '.join(LAUNCH)} are set, but without --init train.py runs in one process"
+        raise InputError(f"{problem}: unset them, or give --init to torchrun")
     if not given.get("init") and not given.get("resume"):
         return story(given)
     if not launched:

@@ -12,6 +12,7 @@ import signal
 import subprocess
 import sys
 import time
+from datetime import timedelta
 
 import numpy as np
 import pytest
@@ -663,6 +664,32 @@ def test_optimizer_of_another_step_is_left_out(command, checkpoint, tmp_path):
     assert code == 0 and "step 5  lm" in out and "does not hold the optimizer of that step" in err
 
 
+def wider(state):
+    state[3]["exp_avg"] = torch.zeros(3, 3)
+
+
+def no_moments(state):
+    state[3] = 3
+
+
+def of_no_parameter(state):
+    state[100] = state[3]
+
+
+@pytest.mark.parametrize("spoil", [wider, no_moments, of_no_parameter])
+def test_moments_that_do_not_fit_their_parameters_are_damage(command, checkpoint, tmp_path, spoil):
+    run = tmp_path / "run"
+    assert trained(command, checkpoint, run)[0] == 0
+    shutil.copytree(run / "step-0000004", run / "step-0000005")
+    path = run / "step-0000005" / "optimizer.pt"
+    saved = torch.load(path, weights_only=True) | dict(step=5)
+    spoil(saved["optimizer"]["state"])
+    torch.save(saved, path)
+    code, out, err = command(train, "--resume", f"--out={run}", "--steps=5", "--keep=3")
+    assert code == 0 and "step 5  lm" in out and err.count("\n") == 1, err
+    assert "leaving out step-0000005" in err and "the moments of parameter" in err
+
+
 def test_out_that_is_a_file_is_named(command, checkpoint, tmp_path):
     (tmp_path / "run").write_text("mine")
     wrong(trained(command, checkpoint, tmp_path / "run"), "exists", "run")
@@ -727,11 +754,28 @@ def test_environment_of_a_cluster(command, checkpoint, tmp_path, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
     monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
-    monkeypatch.setattr(train.dist, "init_process_group", lambda: None)
+    monkeypatch.setattr(train.dist, "rendezvous", lambda url, timeout: iter([(train.dist.HashStore(), 5, 4)]))
+    monkeypatch.setattr(train.dist, "init_process_group", lambda **place: None)
     train.join_processes()
     monkeypatch.setenv("LOCAL_RANK", "3")
     train.join_processes()
     assert chosen == [1, 3]
+
+
+@pytest.mark.parametrize("number", [0, 1])
+def test_variables_left_over_from_a_cluster_do_not_wait_for_ever(command, checkpoint, tmp_path, monkeypatch, number):
+    monkeypatch.setattr(train, "JOIN", timedelta(seconds=1))
+    monkeypatch.delenv("TORCHELASTIC_RUN_ID", raising=False)
+    place = dict(RANK=number, WORLD_SIZE=2, MASTER_ADDR="127.0.0.1", MASTER_PORT=29531)
+    for name, value in place.items():
+        monkeypatch.setenv(name, str(value))
+    begun = time.time()
+    ended = trained(command, checkpoint, tmp_path / "run")
+    stated = ", ".join(f"{name}={value}" for name, value in place.items())
+    wrong(ended, stated, "do not start processes", "use torchrun, or unset them")
+    assert time.time() - begun < 30 and "waiting for the other processes, 0:00:01 at most" in ended[1]
+    wrong(command(train), "RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT are set", "unset them")
+    assert not (tmp_path / "run").exists()
 
 
 def test_text_in_which_no_sequence_has_anything_to_learn(command, checkpoint, tmp_path):
@@ -775,6 +819,18 @@ def test_answers_without_a_prompt_or_a_token(tmp_path):
     path.write_text("".join(json.dumps(record) + "\n" for record in records))
     documents = evaluation.read_answers(path, convert.byte_tokenizer())
     assert documents == [([256, *b"abc"], [("x", 1, 3)])]  # <|endoftext|> comes before
+
+
+def test_profile_takes_device_and_precision_and_refuses_other_flags(command, checkpoint):
+    flags = ["--task=profile", f"--init={checkpoint[0]}"]
+    code, exact, err = command(evaluation, *flags, "--dtype=fp32", "--device=cpu")
+    assert code == 0, err
+    code, rounded, err = command(evaluation, *flags, "--dtype=bf16")
+    assert code == 0 and len(rounded.splitlines()) == len(exact.splitlines()) and rounded != exact, err
+    assert command(evaluation, *flags, "--dtype=int8")[0] == 0
+    wrong(command(evaluation, *flags, "--device=abacus"), "--device=abacus is not available")
+    for flag in ("--max_loops=3", "--data=a.txt", "--json"):
+        wrong(command(evaluation, *flags, flag), f"--task=profile takes no {flag.split('=')[0]}")
 
 
 def test_speed_refuses_and_ends_in_one_line(command, checkpoint, tmp_path):
@@ -918,3 +974,40 @@ def test_help_lists_every_flag(program):
     assert ended.returncode == 0
     for name in module.Settings.__dataclass_fields__:
         assert (name if name in positional else f"--{name}") in ended.stdout
+
+
+def test_writing_is_compiled_where_it_pays_and_a_compiler_is_there(command, checkpoint, tmp_path, monkeypatch):
+    model, _ = convert.load(checkpoint[0])
+    monkeypatch.setenv("CXX", sys.executable)  # is there
+    per_token = sum(p.numel() for p in model.reasoning.parameters())
+    monkeypatch.setattr(convert, "MUCH_TO_READ", 200 * 8 * per_token)
+    assert convert.pays_to_compile(model, 200, 8) and not convert.pays_to_compile(model, 20, 8)
+    assert not convert.pays_to_compile(model, 200, 1) and not convert.pays_to_compile(model.to("meta"), 200, 8)
+    compiled = []
+    monkeypatch.setattr(convert, "try_to_compile", lambda model: compiled.append(1) or model)
+    flags = [f"--init={checkpoint[0]}", "--prompt=def ", "--max_new_tokens=4", "--dtype=fp32"]
+    monkeypatch.setattr(convert, "MUCH_TO_READ", 1)
+    code, text, _ = command(sample, *flags)
+    assert code == 0 and len(compiled) == 1
+    assert command(sample, *flags, "--no-compile")[:2] == (0, text) and len(compiled) == 1
+    assert command(sample, *flags, "--trace")[0] == 0 and len(compiled) == 1
+    monkeypatch.setenv("CXX", str(tmp_path / "no-compiler"))
+    code, again, err = command(sample, *flags)
+    assert (code, again) == (0, text) and len(compiled) == 1
+    assert err.count("no-compiler), which would make writing faster") == 1
+    monkeypatch.undo()
+    assert "ompil" not in command(sample, *flags)[2]  # a small model writes at once
+
+
+@pytest.mark.slow
+def test_a_broken_compiler_is_one_line_and_writing_goes_on(checkpoint, tmp_path):
+    flags = ["--prompt=def ", "--max_new_tokens=6", "--temperature=0", "--dtype=fp32"]
+    arguments = [sys.executable, "sample.py", f"--init={checkpoint[0]}", *flags]
+    environment = os.environ | dict(TORCHINDUCTOR_CACHE_DIR=str(tmp_path / "inductor"), CXX="false")
+    runs = [
+        subprocess.run([*arguments, how], cwd=ROOT, capture_output=True, text=True, env=environment)
+        for how in ("--compile", "--no-compile")
+    ]
+    assert runs[0].returncode == runs[1].returncode == 0 and runs[0].stdout == runs[1].stdout, runs[0].stderr
+    lines = [line for line in runs[0].stderr.splitlines() if line]
+    assert len(lines) == 3 and lines[1].startswith("compiling failed, going on without: "), lines

@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 import threading
+import time
 from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from types import SimpleNamespace
@@ -954,6 +955,32 @@ def test_files_of_zero_bytes_hold_nothing(tmp_path):
     for file in ("a.jsonl", "empty.bin"):
         with pytest.raises(InputError, match="there is no text in .*a.jsonl|empty.bin has 0 bytes"):
             convert.load_tokens([tmp_path / file], convert.byte_tokenizer())
+
+
+def test_a_directory_is_entered_once_wherever_links_lead(tmp_path):
+    data = tmp_path / "data"
+    elsewhere = tmp_path / "elsewhere"
+    for place in (data / "a" / "b", data / ".hidden", elsewhere):
+        place.mkdir(parents=True)
+        (place / "text.txt").write_text("text")
+        (place / ".hidden.txt").write_text("text")
+    for i in range(8):  # followed without end, or forty deep, there would be 8 ** 40 paths
+        (data / "a" / f"back{i}").symlink_to(data)
+    (data / "c").symlink_to(elsewhere)
+    expected = [data / "a" / "b" / "text.txt", data / "c" / "text.txt"]
+    begun = time.time()
+    assert convert.find_files(str(data)) == convert.find_files(f"{data}/") == expected
+    assert time.time() - begun < 5
+
+
+def test_many_files_are_held_out_at_once(tmp_path, monkeypatch):
+    files = [tmp_path / f"{i:06}.txt" for i in range(100_000)]
+    monkeypatch.setattr(convert, "find_files", lambda data: list(files))
+    monkeypatch.setattr(convert, "load_tokens", lambda files, tokenizer: files)
+    begun = time.time()
+    training, held_out = convert.load_data("many", "", None)
+    assert held_out == files[::20] and len(training) == 95_000 and files[20] not in training[:100]
+    assert time.time() - begun < 5
 
 
 def test_find_files_takes_a_path_with_brackets_or_a_tilde(tmp_path, monkeypatch):
