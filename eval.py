@@ -449,7 +449,7 @@ def text_until(tokenizer, tokens, until):
     text = tokenizer.decode(token for token in tokens if token not in special)
     if isinstance(until, str):
         until = [until]
-    for end in until:
+    for end in filter(None, until):
         text = text.split(end)[0]
     return text
 
@@ -464,28 +464,25 @@ class Answers:
     """The model as lm-evaluation-harness asks it: `harness_model` makes a TemplateLM of it. It answers in the column
     that `column` names. A request is answered in all columns at once, when it first comes."""
 
+    eot_token_id = None
+    prefix_token_id = None
+
     def __init__(self, model, tokenizer, columns, batch):
         super().__init__()
         self.model = model
-        self.bpe = tokenizer
+        self.encoder = tokenizer  # the harness means another by `tokenizer`
+        self.eot_token_id = tokenizer.end_of_text
+        self.prefix_token_id = tokenizer.prefix or 0
         self.columns = columns
         self.column = columns[0].name
         self.batch = batch
         self.known = {}  # request → {column: answer, "passes": of its tokens by exit}
         self.requests_of = defaultdict(set)  # task → its requests
 
-    @property
-    def eot_token_id(self):
-        return self.bpe.end_of_text
-
-    @property
-    def prefix_token_id(self):
-        return self.bpe.prefix or 0
-
     def tok_encode(self, string, add_special_tokens=None, **_):
         if add_special_tokens is False:
-            return self.bpe.encode(string)
-        return self.bpe.start(string)
+            return self.encoder.encode(string)
+        return self.encoder.start(string)
 
     def answers(self, requests, answer):
         """The answers in this column. answer(requests) computes those in all columns where they are not yet known."""
@@ -546,7 +543,7 @@ class Answers:
         for numbers in alike.values():
             for start in range(0, len(numbers), self.batch):
                 group = numbers[start : start + self.batch]
-                written = write_batch(self.model, self.bpe, [requests[i] for i in group], self.columns)
+                written = write_batch(self.model, self.encoder, [requests[i] for i in group], self.columns)
                 answers.update(zip(group, written))
                 show_progress("writing", begun, len(answers), len(requests))
         return [answers[i] for i in range(len(requests))]
@@ -634,20 +631,6 @@ def is_metric(key):
     return "," in key and "_stderr," not in key
 
 
-def shown(results, groups):
-    """The names with a row of their own: a group that has metrics stands for what is in it."""
-    parts = {part for members in groups.values() for part in members}
-    names = [name for name in results if name not in parts]
-    rows = []
-    while names:
-        name = names.pop(0)
-        if any(map(is_metric, results[name])):
-            rows.append(name)
-        else:
-            names += groups.get(name, [])
-    return rows
-
-
 def print_tables(tables, s):
     """A row for each task, metric and model: the columns, with the mean passes of exit."""
     first = next(iter(tables.values()))
@@ -656,8 +639,14 @@ def print_tables(tables, s):
     print(f"base: the pretrained model's one pass; exit: {s.halt}, at most {s.max_loops} passes; ± standard error")
     head = f"{'task':16} {'items':>6} {'metric':16} {'model':{widest}}"
     print(head + "".join(f" {name:>16}" for name in columns) + f" {'passes':>7}")
-    for task in shown(first["results"]["base"], first["groups"]):
-        for key in filter(is_metric, first["results"]["base"][task]):
+    in_groups = set()  # what the mean of a group stands for
+    for group, names in first["groups"].items():
+        if any(map(is_metric, first["results"]["base"][group])):
+            in_groups.update(names)
+    for task, result in first["results"]["base"].items():
+        if task in in_groups:
+            continue
+        for key in filter(is_metric, result):
             for model, table in tables.items():
                 line = f"{task:16} {table['items'][task]:6} {key.removesuffix(',none'):16} {model:{widest}}"
                 for column in columns:

@@ -1,9 +1,10 @@
-"""The benchmark tables: every column is what plain, uncached calls of the model give, whatever was shared or batched."""
+"""The benchmark tables: every column is what plain, uncached calls of the model give, shared and batched or not."""
 
 import json
 import math
 import sys
 from collections import Counter
+from itertools import takewhile
 from types import SimpleNamespace
 
 import pytest
@@ -19,11 +20,13 @@ SETTINGS = eval.Settings(threshold=0.5)
 
 
 def write_task(directory, name, documents, **config):
-    """A task file of the harness, and its documents."""
-    path = directory / f"{name}.jsonl"
-    path.write_text("".join(json.dumps(document) + "\n" for document in documents), encoding="utf-8")
-    config = dict(task=name, dataset_path="json", dataset_kwargs=dict(data_files=dict(test=str(path)))) | config
-    (directory / f"{name}.yaml").write_text(json.dumps(config | dict(test_split="test")), encoding="utf-8")
+    """A task file of the harness, and its documents; the last one is the example before the others, if any is asked."""
+    files = {"test": directory / f"{name}.jsonl", "train": directory / f"{name}_example.jsonl"}
+    files["test"].write_text("".join(json.dumps(document) + "\n" for document in documents), encoding="utf-8")
+    files["train"].write_text(json.dumps(documents[-1]) + "\n", encoding="utf-8")
+    data = dict(data_files={split: str(path) for split, path in files.items()})
+    config |= dict(task=name, dataset_path="json", dataset_kwargs=data, test_split="test", fewshot_split="train")
+    (directory / f"{name}.yaml").write_text(json.dumps(config), encoding="utf-8")
 
 
 @pytest.fixture
@@ -36,38 +39,25 @@ def harness(tmp_path, monkeypatch):
     return directory
 
 
-def save(model, directory):
-    convert.save(model, TOKENIZER, directory)
-    return directory
-
-
 def ids_of(text):
     return TOKENIZER.encode(text)
 
 
-def states(model, tokens, column):
-    """The states to decode after these tokens (1, T, C), and the passes they took."""
-    idx = torch.tensor([tokens])
-    if column == "exit":
-        return early_exit(model, idx, 8, Halt(threshold=0.5))
-    return None, torch.zeros(1, len(tokens))
-
-
 @torch.no_grad()
-def plain_logits(model, tokens, column):
+def plain_logits(model, tokens, column, max_loops=8):
     """Logits (T, V) after these tokens, by one uncached call for them alone."""
     idx = torch.tensor([tokens])
     if column == "exit":
-        h, _ = early_exit(model, idx, 8, Halt(threshold=0.5))
+        h, _ = early_exit(model, idx, max_loops, Halt(threshold=0.5))
         return model.decode(h)[0]
     loops = 0 if column == "base" else int(column)
     return model(idx, loops=loops)[0]
 
 
-def plain_score(model, context, continuation, column):
+def plain_score(model, context, continuation, column, max_loops=8):
     """Log-probability of a continuation (lists of tokens), and whether greedy decoding writes it."""
     tokens = (context + continuation)[-65:]
-    logits = plain_logits(model, tokens[:-1], column)[-len(continuation) :]
+    logits = plain_logits(model, tokens[:-1], column, max_loops)[-len(continuation) :]
     targets = torch.tensor(continuation)
     logprob = logits.log_softmax(-1).gather(1, targets[:, None]).sum().item()
     return logprob, (logits.argmax(-1) == targets).all().item()
@@ -102,12 +92,12 @@ def test_scores_at_every_depth_are_those_of_plain_calls(model, batch):
 
 def test_greedy_continuations_are_told():
     model = random_model()
+    columns = eval.columns_of(model, SETTINGS)
     context = ids_of("What is it?")
-    for column in eval.columns_of(model, SETTINGS):
+    for column in columns:
         likeliest = plain_logits(model, context, column.name)[-1].argmax().item()
-        answers = eval.score(
-            model, [(context, [likeliest]), (context, [likeliest - 1])], [*eval.columns_of(model, SETTINGS)], 8
-        )
+        pairs = [(context, [likeliest]), (context, [likeliest - 1])]
+        answers = eval.score(model, pairs, columns, 8)
         assert [answer[column.name][1] for answer in answers] == [True, False]
 
 
@@ -129,11 +119,11 @@ def test_columns_are_those_that_the_model_has_learned():
     assert eval.columns_of(model, SETTINGS) == [eval.Column("base", 0)]
 
 
-def plain_text(model, prompt, count, column):
+def plain_text(model, prompt, count, column, max_loops=8):
     """What greedy decoding writes after a prompt, by uncached calls."""
     tokens = list(prompt)
     for _ in range(count):
-        tokens.append(plain_logits(model, tokens, column)[-1].argmax().item())
+        tokens.append(plain_logits(model, tokens, column, max_loops)[-1].argmax().item())
     return tokens[len(prompt) :]
 
 
@@ -142,25 +132,28 @@ def request(text, **settings):
 
 
 def test_texts_are_those_of_plain_calls_up_to_where_they_end():
-    model = random_model(block_size=40)
-    columns = eval.columns_of(model, SETTINGS)
-    contexts = ["Once upon a time", "In", "y" * 100, ""]
-    answers = eval.write_batch(model, TOKENIZER, [request(text, max_gen_toks=12) for text in contexts], columns)
+    model = random_model(block_size=20)
+    columns = eval.columns_of(model, eval.Settings(threshold=0.5, max_loops=2))
+    contexts = ["Once", "y" * 100, ""]
+    answers = eval.write_batch(model, TOKENIZER, [request(text, max_gen_toks=6) for text in contexts], columns)
     for context, answer in zip(contexts, answers):
-        assert answer["passes"] and all(1 <= depth <= 8 for depth in answer.pop("passes"))
-        prompt = ids_of(context)[-28:] or [256]
+        passes = answer.pop("passes")
+        assert len(passes) <= 6 and set(passes) <= {1, 2}
+        prompt = ids_of(context)[-14:] or [256]
         for name, text in answer.items():
-            tokens = plain_text(model, prompt, 12, name)
-            if 256 in tokens:
-                tokens = tokens[: tokens.index(256)]
-            assert text == TOKENIZER.decode(tokens), (context, name)
-    whole = answers[0]["4"]
-    for until in (whole[3:5], [whole[6], whole[3:5]]):
-        [ended] = eval.write_batch(model, TOKENIZER, [request(contexts[0], max_gen_toks=12, until=until)], columns)
-        assert (
-            ended["4"]
-            == whole[: min(whole.index(end) for end in [*until, whole[3:5]] if len(end) == 2 or end in until)]
-        )
+            expected = plain_text(model, prompt, 6, name, max_loops=2)
+            assert text == TOKENIZER.decode(takewhile(lambda token: token != 256, expected)), (context, name)
+
+
+def test_where_a_text_ends():
+    tokens = ids_of("One two three") + [256] + ids_of("four")
+    for until, text in [
+        ([], "One two three"),
+        (" t", "One"),
+        (["e t", " three"], "On"),
+        (["four", ""], "One two three"),
+    ]:
+        assert eval.text_until(TOKENIZER, tokens, until) == text
 
 
 @pytest.mark.parametrize(
@@ -190,6 +183,7 @@ def test_answers_longer_than_the_context_and_damaged_weights():
 QUESTIONS = [
     dict(text=f"Is {i} odd? Answer:", choices=[" yes", " no", " maybe, maybe not"], answer=i % 3) for i in range(7)
 ]
+WORDS = [dict(text=f"The number {i} is a", word=word) for i, word in enumerate((" big", " small", " odd"))]
 TEXTS = [dict(text="Once upon a time there was a cat. " * 5), dict(text="Short."), dict(text="In the end.")]
 
 
@@ -198,8 +192,7 @@ def write_tasks(directory, model):
     metrics = [dict(metric=name, aggregation="mean", higher_is_better=True) for name in ("acc", "acc_norm")]
     choice = dict(output_type="multiple_choice", doc_to_text="{{text}}", doc_to_choice="choices")
     choice |= dict(doc_to_target="answer", target_delimiter="", metric_list=metrics)
-    fewshot = dict(fewshot_split="test", fewshot_config=dict(sampler="first_n"))
-    write_task(directory, "odd", QUESTIONS, **choice, **fewshot)
+    write_task(directory, "odd", QUESTIONS, **choice)
     letters = [dict(text=f"{i}:", choices=[" A", " B", " C", " D"], answer=i % 4) for i in range(5)]
     write_task(directory, "letters", letters, **choice)
     group = dict(group="both", task=["odd", "letters"])
@@ -207,100 +200,100 @@ def write_tasks(directory, model):
     (directory / "both.yaml").write_text(json.dumps(group), encoding="utf-8")
     word = dict(output_type="loglikelihood", doc_to_text="{{text}}", doc_to_target="{{word}}", target_delimiter="")
     metrics = [dict(metric=name, aggregation=how) for name, how in (("perplexity", "perplexity"), ("acc", "mean"))]
-    documents = [dict(text=f"The number {i} is a", word=word) for i, word in enumerate((" big", " small", " odd"))]
-    write_task(directory, "word", documents, **word, metric_list=metrics)
+    write_task(directory, "word", WORDS, **word, metric_list=metrics)
     rolling = dict(output_type="loglikelihood_rolling", doc_to_text="", doc_to_target="{{text}}")
     write_task(directory, "rolling", TEXTS, **rolling, metric_list=[dict(metric="bits_per_byte")])
     poem = dict(output_type="generate_until", doc_to_text="{{text}}", doc_to_target="{{written}}")
-    poem |= dict(generation_kwargs=dict(until=["\n\n"], max_gen_toks=8, do_sample=False))
+    poem |= dict(generation_kwargs=dict(until=["\n\n"], max_gen_toks=6, do_sample=False))
     poem |= dict(metric_list=[dict(metric="exact_match", aggregation="mean", higher_is_better=True)])
     documents = []
     for text in ("In the", "At the", "On a"):
-        written = TOKENIZER.decode(plain_text(model, ids_of(text), 8, "2"))
+        written = TOKENIZER.decode(plain_text(model, ids_of(text), 6, "2"))
         documents.append(dict(text=text, written=written))
     write_task(directory, "poem", documents, **poem)
     return documents
 
 
-def expected_accuracy(model, questions, column, normed=False, before=""):
-    right = 0
-    for question in questions:
-        context = ids_of(before + question["text"])
-        scores = [plain_score(model, context, ids_of(choice), column)[0] for choice in question["choices"]]
-        if normed:
-            scores = [score / len(choice) for score, choice in zip(scores, question["choices"])]
-        right += scores.index(max(scores)) == question["answer"]
-    return right / len(questions)
+def choose(model, question, column):
+    """Which choice has the largest log-probability, and which per character."""
+    context = ids_of(question["text"])
+    scores = [plain_score(model, context, ids_of(choice), column, max_loops=2)[0] for choice in question["choices"]]
+    normed = [score / len(choice) for score, choice in zip(scores, question["choices"])]
+    return scores.index(max(scores)), normed.index(max(normed))
 
 
-def expected_bits(model, column):
+def accuracies(model, questions, column):
+    """acc and acc_norm."""
+    chosen = [choose(model, question, column) for question in questions]
+    acc = sum(choice == question["answer"] for (choice, _), question in zip(chosen, questions)) / len(questions)
+    normed = sum(choice == question["answer"] for (_, choice), question in zip(chosen, questions)) / len(questions)
+    return acc, normed
+
+
+def bits_per_byte(model, column):
     """Of TEXTS: in windows of 64 tokens, each of which sees as much before it as fits the context."""
     total = 0.0
     for document in TEXTS:
         tokens = [256, *ids_of(document["text"])]
         for start in range(1, len(tokens), 64):
-            window = tokens[start : start + 64]
-            total += plain_score(model, tokens[:start], window, column)[0]
+            total += plain_score(model, tokens[:start], tokens[start : start + 64], column, max_loops=2)[0]
     return -total / sum(len(document["text"]) for document in TEXTS) / math.log(2)
 
 
 def test_a_table_is_what_plain_calls_give(harness, command, tmp_path):
     model = random_model()
-    documents = write_tasks(harness, model)
-    directory = save(model, tmp_path / "looped")
-    arguments = ["--tasks=both,word,rolling,poem", f"--include_path={harness}", "--threshold=0.5", "--batch=3"]
-    code, out, err = command(eval, *arguments, f"--init={directory}", "--json", "--dtype=fp32", "--device=cpu")
+    poems = write_tasks(harness, model)
+    convert.save(model, TOKENIZER, tmp_path / "looped")
+    arguments = [f"--include_path={harness}", "--threshold=0.5", "--max_loops=2", "--batch=3", "--dtype=fp32", "--json"]
+    code, out, err = command(eval, "--tasks=both,word,rolling,poem", f"--init={tmp_path / 'looped'}", *arguments)
     assert code == 0, err
-    table = json.loads(out)["models"][str(directory)]
+    table = json.loads(out)["models"][str(tmp_path / "looped")]
     assert table["items"] == dict(both=12, odd=7, letters=5, word=3, rolling=3, poem=3)
-    assert list(table["results"]) == ["base", "1", "2", "4", "8", "exit"]
+    assert list(table["results"]) == ["base", "1", "2", "exit"]
     for column, results in table["results"].items():
-        assert results["odd"]["acc,none"] == pytest.approx(expected_accuracy(model, QUESTIONS, column))
-        assert results["odd"]["acc_norm,none"] == pytest.approx(expected_accuracy(model, QUESTIONS, column, True))
-        mean = (7 * results["odd"]["acc,none"] + 5 * results["letters"]["acc,none"]) / 12
+        acc, normed = accuracies(model, QUESTIONS, column)
+        assert results["odd"]["acc,none"] == pytest.approx(acc)
+        assert results["odd"]["acc_norm,none"] == pytest.approx(normed)
+        mean = (7 * acc + 5 * results["letters"]["acc,none"]) / 12
         assert results["both"]["acc,none"] == pytest.approx(mean)
-        scores = []
-        for i, word in enumerate((" big", " small", " odd")):
-            scores.append(plain_score(model, ids_of(f"The number {i} is a"), ids_of(word), column)[0])
-        assert results["word"]["perplexity,none"] == pytest.approx(math.exp(-sum(scores) / 3), rel=1e-4)
-        assert results["rolling"]["bits_per_byte,none"] == pytest.approx(expected_bits(model, column), rel=1e-5)
+        logprob = sum(plain_score(model, ids_of(d["text"]), ids_of(d["word"]), column, max_loops=2)[0] for d in WORDS)
+        assert results["word"]["perplexity,none"] == pytest.approx(math.exp(-logprob / 3), rel=1e-4)
+        assert results["rolling"]["bits_per_byte,none"] == pytest.approx(bits_per_byte(model, column), rel=1e-5)
         right = 0
-        for document in documents:
-            right += document["written"] == TOKENIZER.decode(plain_text(model, ids_of(document["text"]), 8, column))
+        for poem in poems:
+            written = plain_text(model, ids_of(poem["text"]), 6, column, max_loops=2)
+            right += poem["written"] == TOKENIZER.decode(written)
         assert results["poem"]["exact_match,none"] == pytest.approx(right / 3)
-    assert all(1 <= passes <= 8 for passes in table["passes"].values())
-    weighted = sum(len(question["choices"]) for question in QUESTIONS)
-    assert weighted  # the mean of the group is that of all its tokens
+    assert table["results"]["2"]["poem"]["exact_match,none"] == 1
+    for task in ("odd", "letters", "both", "word", "rolling", "poem"):
+        assert 1 <= table["passes"][task] <= 2
+    passes = [table["passes"][task] for task in ("odd", "letters")]
+    assert min(passes) <= table["passes"]["both"] <= max(passes)
 
 
 def test_limit_fewshot_and_models_side_by_side(harness, command, tmp_path):
-    model = random_model()
-    write_tasks(harness, model)
-    looped = save(model, tmp_path / "looped")
-    unlooped = random_model(seed=1)
-    unlooped.reset_new_parameters()
-    control = save(unlooped, tmp_path / "control")
-    arguments = [
-        "--tasks=odd",
-        f"--include_path={harness}",
-        "--max_loops=1",
-        "--dtype=fp32",
-        f"--init={looped},{control}",
-    ]
-    code, out, _ = command(eval, *arguments, "--limit=2", "--num_fewshot=1", "--json")
+    looped = random_model()
+    write_tasks(harness, looped)
+    control = random_model(seed=1)
+    control.reset_new_parameters()
+    models = {str(tmp_path / "looped"): looped, str(tmp_path / "control"): control}
+    for directory, model in models.items():
+        convert.save(model, TOKENIZER, directory)
+    arguments = [f"--include_path={harness}", "--max_loops=1", "--threshold=2", "--dtype=fp32"]
+    arguments += ["--limit=2", "--num_fewshot=1", f"--init={','.join(models)}"]
+    code, out, _ = command(eval, "--tasks=word,both", *arguments)
     assert code == 0
-    models = json.loads(out)["models"]
-    assert [list(table["results"]) for table in models.values()] == [["base", "1", "exit"], ["base"]]
-    assert [table["items"]["odd"] for table in models.values()] == [2, 2]
-    code, out, _ = command(eval, *arguments)
-    assert code == 0
-    lines = out.splitlines()
-    assert len(lines) == 2 + 2 * 2
-    assert lines[1].split() == ["task", "items", "metric", "model", "base", "1", "exit", "passes"]
-    for line, (name, tested) in zip(lines[2:], [(looped, model), (control, unlooped)]):
-        acc = expected_accuracy(tested, QUESTIONS, "base")
-        assert line.split()[:5] == ["odd", "7", "acc", str(name), f"{acc:.4f}"]
-        assert line.split()[5].startswith("±0.")
+    head, *lines = [line.split() for line in out.splitlines()[1:]]
+    assert head == ["task", "items", "metric", "model", "base", "1", "exit", "passes"]
+    rows = [("word", "2", "perplexity"), ("word", "2", "acc"), ("both", "4", "acc")]
+    assert [line[:4] for line in lines] == [[*row, name] for row in rows for name in models]
+    assert [len(line) for line in lines] == [4 + 2 * 3 + 1, 4 + 2] * 3  # the control has base alone
+    example = WORDS[-1]["text"] + WORDS[-1]["word"] + "\n\n"
+    for line, model in zip(lines, models.values()):
+        scores = [plain_score(model, ids_of(example + d["text"]), ids_of(d["word"]), "base")[0] for d in WORDS[:2]]
+        assert float(line[4]) == pytest.approx(math.exp(-sum(scores) / 2), rel=1e-4)
+        assert line[5].startswith("±")
+    assert lines[0][-1] == "1.00"
 
 
 @pytest.mark.slow
