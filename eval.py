@@ -587,6 +587,26 @@ def harness_model(harness, *arguments):
     return HarnessModel(*arguments)
 
 
+def evaluate(harness, answers, manager, s):
+    """Let the harness score the answers in their column. → what it returns. InputError: a task's files are damaged."""
+    try:
+        with redirect_stdout(sys.stderr):
+            return harness.simple_evaluate(
+                answers,
+                tasks=s.tasks.split(","),
+                task_manager=manager,
+                num_fewshot=s.num_fewshot if s.num_fewshot >= 0 else None,
+                limit=s.limit or None,
+                bootstrap_iters=1000,
+                log_samples=False,
+            )
+    except (InputError, OSError, RuntimeError):
+        raise
+    except Exception as e:  # templates, configs and data may fail in any way
+        problem = f"lm-evaluation-harness cannot read {s.tasks} ({e!r:.300})"
+        raise InputError(f"{problem}: mend the task's files, or choose others") from e
+
+
 def benchmark(harness, manager, init, s):
     """One model on all tasks → {"results": {column: {task: {metric: value}}}, "items": {task: how many}, "passes":
     {task: mean of the scored tokens by exit}, "groups": {group: what is in it}}; groups count as tasks."""
@@ -599,16 +619,7 @@ def benchmark(harness, manager, init, s):
     results = {}
     for column in answers.columns:
         answers.column = column.name
-        with redirect_stdout(sys.stderr):
-            evaluated = harness.simple_evaluate(
-                answers,
-                tasks=s.tasks.split(","),
-                task_manager=manager,
-                num_fewshot=s.num_fewshot if s.num_fewshot >= 0 else None,
-                limit=s.limit or None,
-                bootstrap_iters=1000,
-                log_samples=False,
-            )
+        evaluated = evaluate(harness, answers, manager, s)
         results[column.name] = evaluated["results"]
     groups = evaluated.get("group_subtasks", {})
     items = {}

@@ -309,6 +309,15 @@ def test_task_files_that_are_not_there(harness, command, tmp_path):
     assert "none is no directory: expected one with task files" in err and err.count("\n") == 1
 
 
+def test_task_files_that_are_damaged(harness, command, tmp_path):
+    convert.save(random_model(), TOKENIZER, tmp_path / "model")
+    config = dict(output_type="loglikelihood", doc_to_text="{{text}}", doc_to_target="{{wurd}}")
+    write_task(harness, "word", WORDS, **config)
+    code, _, err = command(eval, "--tasks=word", f"--include_path={harness}", f"--init={tmp_path / 'model'}")
+    assert code == 1
+    assert err.splitlines()[-1].startswith("error: lm-evaluation-harness cannot read word (UndefinedError")
+
+
 def test_without_the_harness_one_line_says_how_to_install_it(command, monkeypatch):
     monkeypatch.setitem(sys.modules, "lm_eval", None)
     code, out, err = command(eval, "--tasks=piqa", "--init=gpt2")
