@@ -371,6 +371,8 @@ def without_added_tokens(tokenizer, vocab_size, directory):
     reduced.ends = {i for i in tokenizer.ends if i < vocab_size}
     if tokenizer.end_of_text in reduced.ends:
         reduced.end_of_text = tokenizer.end_of_text
+    if tokenizer.prefix is not None and tokenizer.prefix < vocab_size:
+        reduced.prefix = tokenizer.prefix
     return reduced
 
 
@@ -560,7 +562,7 @@ def write_checkpoint(model, tokenizer, directory, format="authors", weights=None
         write_json(directory / "tokenizer.json", tokenizer.spec, indent=None)
         between = {tokenizer.end_of_text} - {None}
         ends = [*between, *sorted(tokenizer.ends - between)]
-        write_json(directory / "generation_config.json", {"eos_token_id": ends})
+        write_json(directory / "generation_config.json", {"eos_token_id": ends, "bos_token_id": tokenizer.prefix})
 
 
 # ---- The hub
@@ -1214,6 +1216,7 @@ class Tokenizer:
     begin         ids before each text
     end_of_text   id between documents, or None
     ends          ids at which writing stops
+    prefix        id to put before a text where something must stand there, or None
     InputError: the file, named `where`, contradicts itself or asks for something that is not supported.
     """
 
@@ -1234,6 +1237,7 @@ class Tokenizer:
         expect(known.issuperset(self.begin), where, "post_processor: what it puts first", self.begin, "known ids")
         self.end_of_text = next((self.added[name] for name in ENDS if name in self.added), None)
         self.ends = {self.end_of_text} - {None}
+        self.prefix = self.begin[0] if self.begin else self.end_of_text
 
     def read_added_tokens(self, nodes, where):
         """Read the "added_tokens" of a tokenizer.json, and list the bytes of all ids."""
@@ -1332,23 +1336,45 @@ def byte_tokenizer():
 def stated_ends(directory, tokenizer):
     """The ids at which a text ends by the configs beside a tokenizer.json, the one between documents first. Those that
     the tokenizer lacks are left out."""
-    configs = {}
-    for name in ("tokenizer_config.json", "generation_config.json", "config.json"):
-        configs[name] = read_json(directory / name) if (directory / name).exists() else {}
-    token = configs.pop("tokenizer_config.json").get("eos_token")
-    if isinstance(token, dict):
-        token = token.get("content")
-    expect(isinstance(token, str | None), directory / "tokenizer_config.json", "eos_token", token, "a string")
     known = tokenizer.bpe.vocab | tokenizer.added
-    ends = [known.get(token)]
-    for name, config in configs.items():
-        base = config.get("base_config_dict") or {}  # of a looped checkpoint
-        ids = config.get("eos_token_id", base.get("eos_token_id"))
+    ends = [known.get(stated_token(directory, "eos_token"))]
+    for name in ("generation_config.json", "config.json"):
+        ids = stated_id(directory / name, "eos_token_id")
         for i in ids if isinstance(ids, list) else [ids]:
             expect(isinstance(i, int | None), directory / name, "eos_token_id", i, "an id or several")
             ends.append(i)
     known_ids = set(known.values())
     return [i for i in ends if i in known_ids]
+
+
+def stated_begin(directory, tokenizer):
+    """The id at which a text begins by the configs beside a tokenizer.json, or None. As in other tools a
+    tokenizer_config.json, where there is one, decides alone."""
+    known = tokenizer.bpe.vocab | tokenizer.added
+    if (directory / "tokenizer_config.json").exists():
+        return known.get(stated_token(directory, "bos_token"))
+    for name in ("generation_config.json", "config.json"):
+        i = stated_id(directory / name, "bos_token_id")
+        if i in known.values():
+            return i
+    return None
+
+
+def stated_token(directory, name):
+    """The text of a token in a tokenizer_config.json, or None."""
+    path = directory / "tokenizer_config.json"
+    token = read_json(path).get(name) if path.exists() else None
+    if isinstance(token, dict):
+        token = token.get("content")
+    expect(isinstance(token, str | None), path, name, token, "a string")
+    return token
+
+
+def stated_id(path, name):
+    """The id, or the list of ids, of this name in a config, or in the one of its base model; None without."""
+    config = read_json(path) if path.exists() else {}
+    base = config.get("base_config_dict") or {}  # of a looped checkpoint
+    return config.get(name, base.get(name))
 
 
 def load_tokenizer(src):
@@ -1369,6 +1395,9 @@ def load_tokenizer(src):
     if ends:
         tokenizer.end_of_text = ends[0]
         tokenizer.ends = set(ends)
+    begin = stated_begin(directory, tokenizer)
+    if not tokenizer.begin:
+        tokenizer.prefix = tokenizer.end_of_text if begin is None else begin
     return tokenizer
 
 

@@ -1,21 +1,28 @@
 """
-Measure a model: its loss at every depth and with exit, what each layer changes, and how fast it writes and trains.
+Measure a model: its loss at every depth and with exit, the paper's benchmarks, what each layer changes, and how fast it
+writes and trains.
 
     python eval.py                                the model train.py wrote last, on the text its training held out
     python eval.py --init=gpt2 --data=book.txt    any model, any text
+    python eval.py --tasks=piqa,mmlu --init=gpt2  the paper's benchmarks, and all others of lm-evaluation-harness
     python eval.py --task=profile --init=gpt2     what each layer changes, and the losses of neighbouring cuts
     python eval.py --task=speed gpt2              tokens per second; with --train, of training
 """
 
 import json
+import logging
 import math
+import os
 import random
 import re
 import subprocess
 import sys
 import time
 from collections import defaultdict
-from dataclasses import dataclass
+from contextlib import redirect_stdout
+from dataclasses import asdict, dataclass
+from functools import partial
+from itertools import takewhile
 from typing import NamedTuple
 
 import numpy as np
@@ -24,16 +31,25 @@ import torch.nn.functional as F
 
 import convert
 from convert import flag
-from loopus import Halt, InputError, deep_supervision, early_exit
+from loopus import Halt, InputError, deep_supervision, early_exit, precise
 
 DEPTHS = (1, 2, 4, 8)
 
 
 @dataclass
 class Settings(convert.Inference):
-    """Held-out loss of a looped model at each depth up to max_loops, and with exit."""
+    """Held-out loss of a looped model at each depth up to max_loops, and with exit; or with --tasks its benchmarks."""
 
-    task: str = flag("loss", "or profile, or speed (see --task=speed --help)", None, ("loss", "profile", "speed"))
+    tasks: str = flag("", "benchmarks of lm-evaluation-harness instead: wikitext,mmlu,…; several models: --init=a,b")
+    limit: int = flag(0, "with --tasks: items of each task to read; 0: all", 0)
+    num_fewshot: int = flag(-1, "with --tasks: examples before each item; -1: as the task says", -1)
+    include_path: str = flag("", "with --tasks: a directory of task files (.yaml) of your own")
+    task: str = flag(
+        "loss",
+        "or profile, or speed (see --task=speed --help); benchmarks: --tasks",
+        None,
+        ("loss", "profile", "speed"),
+    )
     data: str = flag("", "held-out text: file, directory, glob or .bin; empty: what the model's training held out")
     context: int = flag(256, "tokens per sequence", 1)
     batch: int = flag(8, "sequences at a time", 1)
@@ -293,6 +309,389 @@ def row(passes, mean_passes, loss, factor):
         "perplexity": math.exp(min(loss, 700)),
         "bits_per_byte": loss * factor,
     }
+
+
+# ---- Tables: the paper's benchmarks, §4
+class Column(NamedTuple):
+    """A column of the tables: every token takes max_loops passes, or those until `halt` stops it. base: 0 passes."""
+
+    name: str
+    max_loops: int
+    halt: Halt | None = None
+
+
+def columns_of(model, s):
+    """base, the depths up to --max_loops, and exit; base alone where the loop was never trained, as in a pretrained
+    model or the control: the last layer of the confidence head, which starts at zero, is then still zero."""
+    columns = [Column("base", 0)]
+    if s.max_loops > 0 and model.q_head[1].weight.any():
+        columns += [Column(str(depth), depth) for depth in DEPTHS if depth <= s.max_loops]
+        columns.append(Column("exit", s.max_loops, Halt(s.halt, s.threshold, s.epsilon, s.min_loops)))
+    return columns
+
+
+def column_states(model, idx, columns):
+    """Run tokens idx (B, T) through the loop once for all fixed depths, and once with exit. Yields of each column its
+    name, the states to decode (B, T, C), and with exit the passes (B, T), else None."""
+    fixed = {column.max_loops: column.name for column in columns if column.halt is None}
+    h = model.encode(idx)
+    yield fixed[0], model.propose(h), None
+    for b in range(1, max(fixed) + 1):
+        h = model.refine(h)
+        if b in fixed:
+            yield fixed[b], h, None
+    for column in columns:
+        if column.halt is not None:
+            yield column.name, *early_exit(model, idx, column.max_loops, column.halt)
+
+
+def token_scores(model, h, scored, targets):
+    """Log-probabilities of `targets` (N,), each after its state h[row, position], `scored` being the rows (N,) and
+    positions (N,), and whether each is the likeliest token (N,). Some are decoded at a time: logits are large."""
+    h = model.run(model.decoder, h)
+    logprobs = []
+    likeliest = []
+    for states, tokens in zip(model.norm(h[scored]).split(512), targets.split(512)):
+        logits = precise(model.lm_head(states))
+        if logits.isnan().any():
+            raise InputError("the model's logits are no numbers: are its weights damaged?")
+        logprobs.append(-F.cross_entropy(logits, tokens, reduction="none"))
+        likeliest.append(logits.argmax(dim=-1) == tokens)
+    return torch.cat(logprobs).cpu(), torch.cat(likeliest).cpu()
+
+
+@torch.no_grad()
+def score(model, pairs, columns, batch):
+    """pairs: (context, continuation), lists of tokens → of each {column: (log-probability of the continuation in nats,
+    whether greedy decoding writes it)} and under "passes" those that its tokens take by exit. Pairs that are alike but
+    for the last token, such as the four letters of a question, run once. What is too long loses its beginning.
+    InputError: a continuation alone is too long."""
+    size = model.config.block_size
+    sharing = defaultdict(list)  # input tokens → numbers of the pairs that they answer
+    for i, (context, continuation) in enumerate(pairs):
+        if len(continuation) > size:
+            raise InputError(f"an answer of {len(continuation)} tokens does not fit the model's context of {size}")
+        tokens = (context + continuation)[-size - 1 : -1]
+        sharing[tuple(tokens)].append(i)
+    inputs = sorted(sharing, key=len, reverse=True)
+    answers = [{"passes": []} for _ in pairs]
+    begun = time.time()
+    done = 0
+    for start in range(0, len(inputs), batch):
+        group = inputs[start : start + batch]
+        numbers = [sharing[tokens] for tokens in group]
+        score_batch(model, group, numbers, pairs, columns, answers)
+        done += sum(map(len, group))
+        show_progress("scoring", begun, done, sum(map(len, inputs)))
+    return answers
+
+
+def score_batch(model, inputs, numbers, pairs, columns, answers):
+    """Fill answers[i] for the pairs i in numbers[row], which inputs[row] answers. Inputs are padded on their right,
+    which no token before sees."""
+    device = model.wte.weight.device
+    idx = torch.zeros(len(inputs), len(inputs[0]), dtype=torch.long)  # the first is the longest
+    rows, positions, targets = [], [], []
+    for row, tokens in enumerate(inputs):
+        idx[row, : len(tokens)] = torch.tensor(tokens)
+        for i in numbers[row]:
+            continuation = pairs[i][1]
+            rows += [row] * len(continuation)
+            positions += range(len(tokens) - len(continuation), len(tokens))
+            targets += continuation
+    scored = torch.tensor(rows, device=device), torch.tensor(positions, device=device)
+    targets = torch.tensor(targets, device=device)
+    answered = [i for pair_numbers in numbers for i in pair_numbers]
+    lengths = [len(pairs[i][1]) for i in answered]
+    for name, h, passes in column_states(model, idx.to(device), columns):
+        logprobs, likeliest = token_scores(model, h, scored, targets)
+        for i, logprob, greedy in zip(answered, logprobs.split(lengths), likeliest.split(lengths)):
+            answers[i][name] = (logprob.sum().item(), greedy.all().item())
+        if passes is not None:
+            for i, taken in zip(answered, passes[scored].cpu().split(lengths)):
+                answers[i]["passes"] = taken.tolist()
+
+
+@torch.no_grad()
+def write_batch(model, tokenizer, requests, columns):
+    """Continue the contexts of requests that differ in nothing else, by greedy decoding → of each {column: text}, up to
+    the first string that is to end it, and under "passes" those of its tokens by exit. What is too long loses its
+    beginning. InputError: the task wants texts that are drawn at random, or longer than the model's context."""
+    settings = requests[0].args[1]
+    task = requests[0].task_name
+    if settings.get("do_sample", settings.get("temperature", 0) > 0):
+        raise InputError(f"{task} draws its texts at random (do_sample): expected a task for greedy decoding")
+    max_new_tokens = settings.get("max_gen_toks", 256)  # the harness's own default
+    room = model.config.block_size - max_new_tokens
+    if room < 1:
+        raise InputError(f"{task} writes {max_new_tokens} tokens: the model's context is {model.config.block_size}")
+    prompts = []
+    for request in requests:
+        tokens = tokenizer.start(request.args[0]) or [tokenizer.prefix or 0]
+        prompts.append(tokens[-room:])
+    answers = [{"passes": []} for _ in requests]
+    for column in columns:
+        halt = column.halt or Halt(threshold=2.0)
+        texts, depths = model.generate(
+            prompts, max_new_tokens, column.max_loops, temperature=0, halt=halt, ends=tokenizer.ends
+        )
+        for answer, prompt, tokens, passes in zip(answers, prompts, texts, depths.tolist()):
+            answer[column.name] = text_until(tokenizer, tokens[len(prompt) :], settings.get("until") or [])
+            if column.halt is not None:
+                answer["passes"] = [depth for depth in passes if depth > 0]
+    return answers
+
+
+def text_until(tokenizer, tokens, until):
+    """The text of tokens, without special ones, before the first end of a text and the strings `until` (or one)."""
+    tokens = takewhile(lambda token: token not in tokenizer.ends, tokens)
+    special = {token["id"] for token in tokenizer.spec.get("added_tokens") or [] if token.get("special")}
+    text = tokenizer.decode(token for token in tokens if token not in special)
+    if isinstance(until, str):
+        until = [until]
+    for end in filter(None, until):
+        text = text.split(end)[0]
+    return text
+
+
+def show_progress(what, begun, done, total):
+    """A line on a terminal: how much is done since the time `begun`, and how long the rest takes at that speed."""
+    left = (time.time() - begun) * (total - done) / done
+    convert.progress(f"{what}, {left / 60:5.1f} min left", done, total)
+
+
+class Answers:
+    """The model as lm-evaluation-harness asks it: `harness_model` makes a TemplateLM of it. It answers in the column
+    that `column` names. A request is answered in all columns at once, when it first comes."""
+
+    eot_token_id = None
+    prefix_token_id = None
+
+    def __init__(self, model, tokenizer, columns, batch):
+        super().__init__()
+        self.model = model
+        self.encoder = tokenizer  # the harness means another by `tokenizer`
+        self.eot_token_id = tokenizer.end_of_text
+        self.prefix_token_id = tokenizer.prefix or 0
+        self.columns = columns
+        self.column = columns[0].name
+        self.batch = batch
+        self.known = {}  # request → {column: answer, "passes": of its tokens by exit}
+        self.requests_of = defaultdict(set)  # task → its requests
+
+    def tok_encode(self, string, add_special_tokens=None, **_):
+        if add_special_tokens is False:
+            return self.encoder.encode(string)
+        return self.encoder.start(string)
+
+    def answers(self, requests, answer):
+        """The answers in this column. answer(requests) computes those in all columns where they are not yet known."""
+        keys = [repr((request.request_type, request.args)) for request in requests]
+        unknown = {key: request for key, request in zip(keys, requests) if key not in self.known}
+        if unknown:
+            self.known.update(zip(unknown, answer(list(unknown.values()))))
+        for key, request in zip(keys, requests):
+            self.requests_of[request.task_name].add(key)
+        return [self.known[key][self.column] for key in keys]
+
+    def mean_passes(self, tasks):
+        """Of the tokens that these tasks score or have written, by exit; None without it."""
+        keys = set().union(*(self.requests_of[task] for task in tasks))
+        passes = [depth for key in keys for depth in self.known[key]["passes"]]
+        if not passes:
+            return None
+        return sum(passes) / len(passes)
+
+    def loglikelihood(self, requests, **_):
+        answer = partial(super().loglikelihood, disable_tqdm=True)  # encodes pairs for _loglikelihood_tokens
+        return self.answers(requests, answer)
+
+    def _loglikelihood_tokens(self, requests, **_):
+        pairs = [(context or [self.prefix_token_id], continuation) for _, context, continuation in requests]
+        return score(self.model, pairs, self.columns, self.batch)
+
+    def loglikelihood_rolling(self, requests, **_):
+        return self.answers(requests, self.score_texts)
+
+    def score_texts(self, requests):
+        """Log-probabilities of whole texts, in windows as long as the model's context: each token is scored once."""
+        size = self.model.config.block_size
+        pairs, text_of = [], []
+        for i, request in enumerate(requests):
+            ids = self.tok_encode(request.args[0])
+            for start in range(0, len(ids), size):
+                context = [self.prefix_token_id, *ids[:start]]
+                pairs.append((context, ids[start : start + size]))
+                text_of.append(i)
+        sums = [{column.name: 0.0 for column in self.columns} | {"passes": []} for _ in requests]
+        for i, window in zip(text_of, score(self.model, pairs, self.columns, self.batch)):
+            sums[i]["passes"] += window.pop("passes")
+            for name, (logprob, _) in window.items():
+                sums[i][name] += logprob
+        return sums
+
+    def generate_until(self, requests, **_):
+        return self.answers(requests, self.write_texts)
+
+    def write_texts(self, requests):
+        """Texts after the contexts of requests, those with the same settings in batches."""
+        alike = defaultdict(list)
+        for i, request in enumerate(requests):
+            alike[repr(request.args[1])].append(i)
+        answers = {}
+        begun = time.time()
+        for numbers in alike.values():
+            for start in range(0, len(numbers), self.batch):
+                group = numbers[start : start + self.batch]
+                written = write_batch(self.model, self.encoder, [requests[i] for i in group], self.columns)
+                answers.update(zip(group, written))
+                show_progress("writing", begun, len(answers), len(requests))
+        return [answers[i] for i in range(len(requests))]
+
+
+def import_harness():
+    """lm-evaluation-harness, which is an optional extra. Raises InputError where it is not installed."""
+    try:
+        import lm_eval.api.model
+        import lm_eval.tasks
+    except ImportError:
+        raise InputError('--tasks needs lm-evaluation-harness, which is missing: pip install ".[eval]"') from None
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)
+    os.environ.setdefault("DISABLE_MULTIPROC", "1")  # its bootstrap would start a process for each core
+    return lm_eval
+
+
+def find_tasks(harness, s):
+    """The harness's TaskManager for --tasks, of --include_path alone if all are there: to list the harness's own takes
+    half a minute. Raises InputError for a task that is in neither."""
+    path = s.include_path or None
+    if path and not convert.expand(path).is_dir():
+        raise InputError(f"--include_path={path} is no directory: expected one with task files (.yaml)")
+    names = s.tasks.split(",")
+    manager = harness.tasks.TaskManager(include_path=path, include_defaults=False)
+    if not set(names) <= set(manager.all_tasks):
+        manager = harness.tasks.TaskManager(include_path=path)
+    unknown = [name for name in names if name not in manager.all_tasks]
+    if unknown:
+        where = f"lm-evaluation-harness and --include_path={s.include_path}"
+        raise InputError(f"--tasks: {where} have no {', '.join(unknown)}: lm-eval ls tasks lists the harness's own")
+    return manager
+
+
+def harness_model(harness, *arguments):
+    """`Answers` of these arguments as the harness takes them."""
+
+    class HarnessModel(Answers, harness.api.model.TemplateLM):
+        pass
+
+    return HarnessModel(*arguments)
+
+
+def evaluate(harness, answers, manager, s):
+    """Let the harness score the answers in their column. → what it returns. InputError: a task's files are damaged."""
+    try:
+        with redirect_stdout(sys.stderr):
+            return harness.simple_evaluate(
+                answers,
+                tasks=s.tasks.split(","),
+                task_manager=manager,
+                num_fewshot=s.num_fewshot if s.num_fewshot >= 0 else None,
+                limit=s.limit or None,
+                bootstrap_iters=1000,
+                log_samples=False,
+            )
+    except (InputError, OSError, RuntimeError):
+        raise
+    except Exception as e:  # templates, configs and data may fail in any way
+        problem = f"lm-evaluation-harness cannot read {s.tasks} ({e!r:.300})"
+        raise InputError(f"{problem}: mend the task's files, or choose others") from e
+
+
+def benchmark(harness, manager, init, s):
+    """One model on all tasks → {"results": {column: {task: {metric: value}}}, "items": {task: how many}, "passes":
+    {task: mean of the scored tokens by exit}, "groups": {group: what is in it}}; groups count as tasks."""
+    device, dtype = convert.pick_device(s.device, s.dtype)
+    directory = convert.resolve(init)
+    model, tokenizer = convert.load(directory, device, dtype)
+    if tokenizer is None:
+        raise InputError(f"{directory} has no tokenizer.json: text cannot be read without one")
+    answers = harness_model(harness, model, tokenizer, columns_of(model, s), s.batch)
+    results = {}
+    for column in answers.columns:
+        answers.column = column.name
+        evaluated = evaluate(harness, answers, manager, s)
+        results[column.name] = evaluated["results"]
+    groups = evaluated.get("group_subtasks", {})
+    items = {}
+    passes = {}
+    for name in evaluated["results"]:
+        tasks = tasks_in(name, groups)
+        items[name] = sum(evaluated["n-samples"][task]["effective"] for task in tasks)
+        passes[name] = answers.mean_passes(tasks)
+    return {"results": results, "items": items, "passes": passes, "groups": groups}
+
+
+def tasks_in(name, groups):
+    """The tasks of a group and of the groups in it; of a task, itself."""
+    if name not in groups:
+        return [name]
+    return [task for part in groups[name] for task in tasks_in(part, groups)]
+
+
+def is_metric(key):
+    return "," in key and "_stderr," not in key
+
+
+def print_tables(tables, s):
+    """A row for each task, metric and model: the columns, with the mean passes of exit."""
+    first = next(iter(tables.values()))
+    columns = max((table["results"] for table in tables.values()), key=len)
+    widest = max(map(len, tables))
+    print(f"base: the pretrained model's one pass; exit: {s.halt}, at most {s.max_loops} passes; ± standard error")
+    head = f"{'task':16} {'items':>6} {'metric':16} {'model':{widest}}"
+    print(head + "".join(f" {name:>16}" for name in columns) + f" {'passes':>7}")
+    in_groups = set()  # what the mean of a group stands for
+    for group, names in first["groups"].items():
+        if any(map(is_metric, first["results"]["base"][group])):
+            in_groups.update(names)
+    for task, result in first["results"]["base"].items():
+        if task in in_groups:
+            continue
+        for key in filter(is_metric, result):
+            for model, table in tables.items():
+                line = f"{task:16} {table['items'][task]:6} {key.removesuffix(',none'):16} {model:{widest}}"
+                for column in columns:
+                    line += f" {cell(table['results'].get(column), task, key):>16}"
+                if table["passes"][task] is not None:
+                    line += f" {table['passes'][task]:7.2f}"
+                print(line)
+
+
+def cell(results, task, metric):
+    """A value and its standard error, where there is one, as text; "" where the model lacks the column."""
+    if results is None:
+        return ""
+    error = results[task].get(metric.replace(",", "_stderr,"))
+    text = f"{results[task][metric]:.4f}"
+    if isinstance(error, float):
+        text += f" ±{error:.4f}"
+    return text
+
+
+def measure_tables(s):
+    """Benchmark the models of --init, side by side."""
+    if s.task != "loss":
+        raise InputError(f"--task={s.task} and --tasks={s.tasks}: give one of the two")
+    harness = import_harness()
+    manager = find_tasks(harness, s)
+    tables = {}
+    for init in s.init.split(","):
+        name = init or str(convert.resolve(init))
+        tables[name] = benchmark(harness, manager, init, s)
+    if s.json:
+        print(json.dumps({"settings": asdict(s), "models": tables}, default=float))
+        return
+    print_tables(tables, s)
 
 
 # ---- Where to cut, Fig. 1a
@@ -571,6 +970,8 @@ def main():
         return measure_speed(Speed(**convert.parse(Speed, "init")))
     given = convert.parse(Settings)
     s = Settings(**given)
+    if s.tasks:
+        return measure_tables(s)
     if s.task == "profile":
         others = given.keys() - {"task", "init", "device", "dtype"}
         if others:

@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from conftest import GOLDEN, ROOT
+from conftest import GOLDEN, ROOT, random_model
 
 import convert
 from loopus import InputError
@@ -252,6 +252,32 @@ def test_where_a_text_ends(tmp_path, configs, end_of_text, ends):
     tokenizer = convert.load_tokenizer(write_tokenizer(tmp_path, golden("gpt2"), **configs))
     assert tokenizer.end_of_text == end_of_text
     assert tokenizer.ends == ends
+
+
+@pytest.mark.parametrize(
+    "configs, prefix",
+    [
+        ({}, 700),  # the end of a text
+        (dict(config=dict(bos_token_id=702)), 702),
+        (dict(config=dict(base_config_dict=dict(bos_token_id=702))), 702),
+        (dict(config=dict(bos_token_id=700), generation_config=dict(bos_token_id=702)), 702),
+        (dict(config=dict(bos_token_id=0)), 0),
+        (dict(config=dict(bos_token_id=999)), 700),
+        (dict(config=dict(bos_token_id=701), tokenizer_config=dict(bos_token="<|im_end|>")), 702),
+        (dict(config=dict(bos_token_id=701), tokenizer_config=dict(bos_token=None, eos_token="<|im_end|>")), 702),
+    ],
+)
+def test_what_stands_before_a_text(tmp_path, configs, prefix):
+    tokenizer = convert.load_tokenizer(write_tokenizer(tmp_path, golden("gpt2"), **configs))
+    assert tokenizer.prefix == prefix
+
+
+def test_what_stands_before_a_text_is_kept_in_a_checkpoint(tmp_path):
+    tokenizer = convert.load_tokenizer(
+        write_tokenizer(tmp_path, golden("gpt2"), tokenizer_config=dict(bos_token=None, eos_token="<|im_end|>"))
+    )
+    convert.save(random_model(vocab_size=703, base=dict(bos_token_id=700)), tokenizer, tmp_path / "looped")
+    assert convert.load_tokenizer(tmp_path / "looped").prefix == tokenizer.prefix == 702
 
 
 @pytest.mark.parametrize("name", ["<｜end▁of▁sentence｜>", "<|eot_id|>", "</s>", "<|end_of_text|>", "<eos>"])
