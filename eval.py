@@ -5,6 +5,7 @@ writes and trains.
     python eval.py                                the model train.py wrote last, on the text its training held out
     python eval.py --init=gpt2 --data=book.txt    any model, any text
     python eval.py --tasks=piqa,mmlu --init=gpt2  the paper's benchmarks, and all others of lm-evaluation-harness
+    python eval.py --figures=DIR                  the paper's figures of a model, and their numbers
     python eval.py --task=profile --init=gpt2     what each layer changes, and the losses of neighbouring cuts
     python eval.py --task=speed gpt2              tokens per second; with --train, of training
 """
@@ -23,6 +24,7 @@ from contextlib import redirect_stdout
 from dataclasses import asdict, dataclass
 from functools import partial
 from itertools import takewhile
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -31,7 +33,7 @@ import torch.nn.functional as F
 
 import convert
 from convert import flag
-from loopus import Halt, InputError, deep_supervision, early_exit, precise
+from loopus import RULES, Halt, InputError, deep_supervision, early_exit, precise
 
 DEPTHS = (1, 2, 4, 8)
 
@@ -55,6 +57,7 @@ class Settings(convert.Inference):
     batch: int = flag(8, "sequences at a time", 1)
     tokens: int = flag(32768, "held-out tokens to read, spread evenly over the text", 1)
     json: bool = flag(False, "print one JSON object instead of the tables")
+    figures: str = flag("", "write the paper's figures to this directory; --init=model,control compares two")
 
 
 # ---- Losses, §4, and passes taken, Fig. 18
@@ -723,6 +726,247 @@ def neighbouring_cuts(encoder, decoder, n_layer):
     return [(e, d) for e, d in cuts if min(e, d) >= 0 and e + d < n_layer]
 
 
+# ---- Figures
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")  # told apart by all eyes
+
+
+def measure_figures(s):
+    """Write the paper's figures to s.figures, each as a picture and with its numbers as JSON. The first of the models
+    in s.init is drawn, a second one is the unlooped control. Raises InputError if matplotlib is missing."""
+    try:
+        import matplotlib  # noqa: F401
+    except ImportError:
+        raise InputError('--figures needs matplotlib: pip install ".[plots]"') from None
+    if Path(s.figures).exists() and not Path(s.figures).is_dir():
+        raise InputError(f"--figures={s.figures} is a file: expected a directory, which may be new")
+    names = s.init.split(",")
+    device, dtype = convert.pick_device(s.device, s.dtype)
+    directory = convert.resolve(names[0])
+    model, tokenizer = convert.load(directory, device, dtype)
+    control = convert.load(names[1], device, dtype)[0] if len(names) > 1 else None
+    context = min(s.context, model.config.block_size)
+    sequences = windows(held_out_text(s, directory, tokenizer), context, s.tokens)
+    text = sequences[0][:1].to(device)
+    path = answers_file(s, directory)
+    documents = read_answers(path, tokenizer) if path else []
+    title = f"{'/'.join(directory.parts[-3:])} on {Path(s.data or path or 'the text its training held out').name}"
+    save_figure(s, title, "layers", layer_numbers(model, tokenizer), draw_layers)
+    save_figure(s, title, "losses", loss_numbers(s, model, control, sequences, documents), draw_losses)
+    training = training_numbers(directory.parent / "log.jsonl")
+    if training:
+        save_figure(s, title, "training", training, draw_training)
+    else:
+        print(f"no held-out losses in {directory.parent / 'log.jsonl'}: training.png is left out", file=sys.stderr)
+    states = state_numbers(s, model, text)
+    save_figure(s, title, "states", states, draw_states)
+    prompt = text[0].tolist()[:32]
+    if documents:
+        tokens, answers = documents[0]
+        prompt = tokens[: answers[0].start]
+    save_figure(s, title, "candidates", candidate_numbers(s, model, tokenizer, prompt), draw_candidates)
+    epsilon = sorted(states["step"])[len(states["step"]) // 2]
+    save_figure(s, title, "passes", passes_numbers(s, model, sequences, epsilon), draw_passes)
+
+
+def save_figure(s, title, name, numbers, draw):
+    """Write name.png, 900 × 600 pixels, drawn by draw(figure, numbers), and name.json."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(6, 4), dpi=150, layout="constrained")
+    figure.suptitle(plain(title), fontsize=9)
+    draw(figure, numbers)
+    directory = Path(s.figures)
+    directory.mkdir(parents=True, exist_ok=True)
+    unfinished = directory / f"{name}.new.png"
+    figure.savefig(unfinished)
+    unfinished.replace(directory / f"{name}.png")
+    (directory / f"{name}.json").write_text(json.dumps({"title": title} | numbers, indent=1), encoding="utf-8")
+    print(directory / f"{name}.png")
+
+
+def plain(text):
+    """Text as matplotlib shows it: no formulas, and letters that its font has."""
+    return text.encode("ascii", "backslashreplace").decode().replace("$", r"\$")
+
+
+def layer_numbers(model, tokenizer):
+    """Fig. 1a: how much each layer changes the state, and the cuts."""
+    distances = convert.layer_distances(model, convert.sample_text(model, tokenizer))
+    return {"distances": distances.tolist(), "encoder": len(model.encoder), "decoder": len(model.decoder)}
+
+
+def draw_layers(figure, numbers):
+    axes = figure.subplots()
+    count = len(numbers["distances"])
+    borders = [0, numbers["encoder"], count - numbers["decoder"], count]
+    for part, colour, begin, end in zip(("encoder", "loop", "decoder"), COLOURS, borders, borders[1:]):
+        axes.bar(range(begin, end), numbers["distances"][begin:end], color=colour, label=part)
+    axes.set(xlabel="layer", ylabel="1 − cos(state before, state after)")
+    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.legend()
+
+
+def loss_numbers(s, model, control, sequences, documents):
+    """Fig. 5: the loss at each depth, of the base, of the control and with exit; by kind of question, accuracy."""
+    halt = Halt(s.halt, s.threshold, s.epsilon, s.min_loops)
+    losses = depth_losses(model, sequences, range(s.max_loops + 1), s.batch)
+    exit = exit_stats(model, sequences, s.max_loops, halt, s.batch)
+    numbers = {"loss": list(losses.values()), "exit": [exit["mean_passes"], exit["loss"]]}
+    if control:
+        numbers["control"] = depth_losses(control, sequences, [0], s.batch)[0]
+    accuracy = {}
+    depths = range(1, s.max_loops + 1)
+    for kind, columns in accuracy_by_kind(model, documents, depths, halt, s.max_loops).items():
+        exit = [columns["passes"], columns["exit"]]
+        accuracy[kind] = {"share": [columns[depth] for depth in depths], "exit": exit}
+    return numbers | {"accuracy": accuracy}
+
+
+def draw_losses(figure, numbers):
+    panels = figure.subplots(1, 2 if numbers["accuracy"] else 1, squeeze=False)[0]
+    base, *losses = numbers["loss"]
+    depths = range(1, len(losses) + 1)
+    panels[0].plot(depths, losses, "o-", color=COLOURS[0], markersize=4, label="looped")
+    panels[0].axhline(base, linestyle="--", color=COLOURS[1], label="0 passes: one ungated")
+    if "control" in numbers:
+        panels[0].axhline(numbers["control"], linestyle=":", color=COLOURS[2], label="control, unlooped")
+    panels[0].plot(*numbers["exit"], "*", color=COLOURS[6], markersize=11, label="exit")
+    panels[0].xaxis.get_major_locator().set_params(integer=True)
+    panels[0].set(xlabel="passes", ylabel="held-out loss, nats per token")
+    panels[0].legend(fontsize=8)
+    if numbers["accuracy"]:
+        draw_accuracy(panels[1], numbers["accuracy"])
+
+
+def draw_accuracy(axes, accuracy):
+    for colour, (kind, row) in zip(shades_of(len(accuracy)), accuracy.items()):
+        axes.plot(range(1, len(row["share"]) + 1), row["share"], color=colour, label=plain(kind))
+        axes.plot(*row["exit"], "*", color=colour, markersize=9)
+    axes.set(xlabel="passes (star: exit)", ylabel="share of right answers", ylim=(0, 1.03))
+    axes.legend(fontsize=7)
+
+
+def shades_of(count):
+    """So many colours in an order that is seen as one."""
+    from matplotlib import colormaps
+
+    return [colormaps["viridis"](i / max(1, count - 1) * 0.92) for i in range(count)]
+
+
+def training_numbers(path):
+    """Fig. 6: the held-out loss at each depth while the model was trained, from its log. None: there is none."""
+    by_step = {}
+    if path.exists():
+        for _, record in convert.read_records(path):
+            if "held_out" in record:
+                by_step[record["step"]] = record["held_out"]  # after a kill, a step is written again
+    if not by_step:
+        return None
+    steps = sorted(by_step)
+    return {"steps": steps, "losses": {depth: [by_step[i].get(depth) for i in steps] for depth in by_step[steps[0]]}}
+
+
+def draw_training(figure, numbers):
+    axes = figure.subplots()
+    for colour, (depth, losses) in zip(COLOURS, numbers["losses"].items()):
+        points = [(step, loss) for step, loss in zip(numbers["steps"], losses) if loss is not None]
+        axes.plot(*zip(*points), "o-", color=colour, markersize=4, label=depth)
+    axes.set(xlabel="optimizer steps", ylabel="held-out loss, nats per token")
+    axes.legend(title="passes")
+
+
+@torch.no_grad()
+def state_numbers(s, model, text):
+    """Fig. 7: the states of the tokens text (1, T) in their first two principal components, before the loop and after
+    each pass; mean α and step length ‖h^{b+1} − h^b‖₂ of each pass."""
+    h = model.encode(text)
+    states, alphas, steps = [h[0]], [], []
+    for _ in range(s.max_loops):
+        proposed = model.propose(h)
+        alphas.append(model.gate.alpha(proposed - h).float().mean().item())
+        h = model.gate(proposed, h)
+        steps.append((h[0] - states[-1]).float().norm(dim=-1).mean().item())
+        states.append(h[0])
+    states = torch.stack(states).float().cpu()  # (passes + 1, T, C)
+    centred = states - states.mean(dim=(0, 1))
+    _, sizes, axes = torch.linalg.svd(centred.flatten(0, 1), full_matrices=False)
+    shares = sizes.square() / sizes.square().sum().clamp(min=1e-30)
+    coordinates = (centred @ axes[:2].T).tolist()
+    return {"coordinates": coordinates, "variance": shares[:2].tolist(), "alpha": alphas, "step": steps}
+
+
+def draw_states(figure, numbers):
+    grid = figure.add_gridspec(2, 2, width_ratios=(2, 1))
+    axes = figure.add_subplot(grid[:, 0])
+    coordinates = np.array(numbers["coordinates"])  # (passes + 1, T, 2)
+    for path in coordinates.swapaxes(0, 1):
+        axes.plot(*path.T, color="#bbbbbb", linewidth=0.5, zorder=1)
+    for b, (points, colour) in enumerate(zip(coordinates, shades_of(len(coordinates)))):
+        axes.scatter(*points.T, s=8, color=[colour], zorder=2, label=b)
+    first, second = numbers["variance"]
+    axes.set(xlabel=f"1st component ({first:.0%} of the variance)", ylabel=f"2nd component ({second:.0%})")
+    axes.legend(title="passes", fontsize=7, title_fontsize=8)
+    for place, name, label in ((0, "alpha", "mean α"), (1, "step", "mean step length")):
+        axes = figure.add_subplot(grid[place, 1])
+        axes.plot(range(1, len(numbers[name]) + 1), numbers[name], "o-", color=COLOURS[0], markersize=3)
+        axes.set(xlabel="pass", ylabel=label, ylim=(0, 1.15 * max(numbers[name])))
+        axes.xaxis.get_major_locator().set_params(integer=True)
+
+
+@torch.no_grad()
+def candidate_numbers(s, model, tokenizer, prompt):
+    """Fig. 8: the probability, after each pass, of the tokens that are among the three likeliest after some pass; 0 is
+    the ungated one."""
+    idx = torch.tensor([prompt], device=model.wte.weight.device)
+    h = model.encode(idx)
+    rows = [model.decode(model.propose(h))[0, -1].float().softmax(dim=-1)]
+    for _ in range(s.max_loops):
+        h = model.refine(h)
+        rows.append(model.decode(h)[0, -1].float().softmax(dim=-1))
+    probabilities = torch.stack(rows).cpu()  # (passes + 1, V)
+    likely = probabilities.topk(min(3, model.config.vocab_size)).indices.unique()
+    order = probabilities[:, likely].amax(dim=0).argsort(descending=True)
+    tokens = {}
+    for token in likely[order][:6].tolist():
+        text = repr(tokenizer.token_bytes(token).decode(errors="replace"))
+        tokens[f"{text} ({token})"] = probabilities[:, token].tolist()
+    prompt_text = b"".join(tokenizer.token_bytes(token) for token in prompt).decode(errors="replace")
+    return {"prompt": prompt_text, "tokens": tokens}
+
+
+def draw_candidates(figure, numbers):
+    axes = figure.subplots()
+    for colour, (token, shares) in zip(COLOURS, numbers["tokens"].items()):
+        axes.plot(range(len(shares)), shares, "o-", color=colour, markersize=4, label=plain(token))
+    axes.set(xlabel="passes (0: one ungated)", ylabel="probability of the next token", ylim=(0, 1.03))
+    axes.set_title(f"after {plain(repr(numbers['prompt'][-50:]))}", fontsize=8)
+    axes.legend(fontsize=8)
+
+
+def passes_numbers(s, model, sequences, epsilon):
+    """Fig. 18: how many tokens take how many passes, by each rule to stop."""
+    rules = {}
+    for rule in RULES:
+        halt = Halt(rule, s.threshold, epsilon, s.min_loops)
+        exit = exit_stats(model, sequences, s.max_loops, halt, s.batch)
+        setting = f"ε = {epsilon:.3g}" if rule == "convergence" else f"≥ {s.threshold:g}"
+        rules[f"{rule} {setting}"] = {"histogram": exit["histogram"], "loss": exit["loss"]}
+    return {"rules": rules}
+
+
+def draw_passes(figure, numbers):
+    axes = figure.subplots()
+    width = 0.8 / len(numbers["rules"])
+    for i, (rule, row) in enumerate(numbers["rules"].items()):
+        shares = np.array(row["histogram"]) / sum(row["histogram"])
+        places = np.arange(1, len(shares) + 1) + (i - 1) * width
+        mean = (shares * np.arange(1, len(shares) + 1)).sum()
+        label = f"{rule}: {mean:.2f} on average, loss {row['loss']:.3f}"
+        axes.bar(places, shares, width, color=COLOURS[i], label=label)
+    axes.set(xlabel="passes taken", ylabel="share of tokens")
+    axes.legend(fontsize=8)
+
+
 # ---- Speed: everything on this machine, in this run
 WAYS = ("plain", "plain-bf16", "fp32", "bf16", "bf16-checkpointing", "bf16-compiled")
 
@@ -970,6 +1214,8 @@ def main():
         return measure_speed(Speed(**convert.parse(Speed, "init")))
     given = convert.parse(Settings)
     s = Settings(**given)
+    if s.figures:
+        return measure_figures(s)
     if s.tasks:
         return measure_tables(s)
     if s.task == "profile":
