@@ -57,7 +57,7 @@ class Settings(convert.Inference):
     batch: int = flag(8, "sequences at a time", 1)
     tokens: int = flag(32768, "held-out tokens to read, spread evenly over the text", 1)
     json: bool = flag(False, "print one JSON object instead of the tables")
-    figures: str = flag("", "write the paper's figures to this directory; --init=model,control compares two")
+    figures: str = flag("", "write the paper's figures to this directory; --init=a,b: a model, and its control")
 
 
 # ---- Losses, §4, and passes taken, Fig. 18
@@ -737,21 +737,30 @@ def measure_figures(s):
         import matplotlib  # noqa: F401
     except ImportError:
         raise InputError('--figures needs matplotlib: pip install ".[plots]"') from None
-    if Path(s.figures).exists() and not Path(s.figures).is_dir():
+    if convert.expand(s.figures).is_file():
         raise InputError(f"--figures={s.figures} is a file: expected a directory, which may be new")
+    if s.max_loops < 1:
+        raise InputError("--figures of --max_loops=0 would be empty: expected 1 or more")
     names = s.init.split(",")
     device, dtype = convert.pick_device(s.device, s.dtype)
     directory = convert.resolve(names[0])
     model, tokenizer = convert.load(directory, device, dtype)
-    control = convert.load(names[1], device, dtype)[0] if len(names) > 1 else None
+    if tokenizer is None:
+        raise InputError(f"{directory} has no tokenizer.json: text cannot be read without one")
+    control = None
+    if len(names) > 1:
+        control, _ = convert.load(names[1], device, dtype)
     context = min(s.context, model.config.block_size)
     sequences = windows(held_out_text(s, directory, tokenizer), context, s.tokens)
     text = sequences[0][:1].to(device)
     path = answers_file(s, directory)
     documents = read_answers(path, tokenizer) if path else []
     title = f"{'/'.join(directory.parts[-3:])} on {Path(s.data or path or 'the text its training held out').name}"
+    losses = loss_numbers(s, model, control, sequences, documents)
+    if s.tasks:
+        losses["accuracy"] |= benchmark_accuracy(s)
+    save_figure(s, title, "losses", losses, draw_losses)
     save_figure(s, title, "layers", layer_numbers(model, tokenizer), draw_layers)
-    save_figure(s, title, "losses", loss_numbers(s, model, control, sequences, documents), draw_losses)
     training = training_numbers(directory.parent / "log.jsonl")
     if training:
         save_figure(s, title, "training", training, draw_training)
@@ -775,7 +784,7 @@ def save_figure(s, title, name, numbers, draw):
     figure = Figure(figsize=(6, 4), dpi=150, layout="constrained")
     figure.suptitle(plain(title), fontsize=9)
     draw(figure, numbers)
-    directory = Path(s.figures)
+    directory = convert.expand(s.figures)
     directory.mkdir(parents=True, exist_ok=True)
     unfinished = directory / f"{name}.new.png"
     figure.savefig(unfinished)
@@ -815,11 +824,27 @@ def loss_numbers(s, model, control, sequences, documents):
     if control:
         numbers["control"] = depth_losses(control, sequences, [0], s.batch)[0]
     accuracy = {}
-    depths = range(1, s.max_loops + 1)
+    depths = list(range(1, s.max_loops + 1))
     for kind, columns in accuracy_by_kind(model, documents, depths, halt, s.max_loops).items():
-        exit = [columns["passes"], columns["exit"]]
-        accuracy[kind] = {"share": [columns[depth] for depth in depths], "exit": exit}
+        shares = [columns[depth] for depth in depths]
+        accuracy[kind] = {"passes": depths, "share": shares, "exit": [columns["passes"], columns["exit"]]}
     return numbers | {"accuracy": accuracy}
+
+
+def benchmark_accuracy(s):
+    """{task: its accuracy at each depth and with exit} of the first model in s.init, of the tasks in s.tasks that have
+    one. None of a loop that was never trained."""
+    harness = import_harness()
+    table = benchmark(harness, find_tasks(harness, s), s.init.split(",")[0], s)
+    columns = table["results"]
+    depths = [depth for depth in DEPTHS if str(depth) in columns]
+    accuracy = {}
+    for task, result in columns["base"].items():
+        if depths and "acc,none" in result:
+            shares = [columns[str(depth)][task]["acc,none"] for depth in depths]
+            exit = [table["passes"][task], columns["exit"][task]["acc,none"]]
+            accuracy[task] = {"passes": depths, "share": shares, "exit": exit}
+    return accuracy
 
 
 def draw_losses(figure, numbers):
@@ -840,7 +865,7 @@ def draw_losses(figure, numbers):
 
 def draw_accuracy(axes, accuracy):
     for colour, (kind, row) in zip(shades_of(len(accuracy)), accuracy.items()):
-        axes.plot(range(1, len(row["share"]) + 1), row["share"], color=colour, label=plain(kind))
+        axes.plot(row["passes"], row["share"], color=colour, label=plain(kind))
         axes.plot(*row["exit"], "*", color=colour, markersize=9)
     axes.set(xlabel="passes (star: exit)", ylabel="share of right answers", ylim=(0, 1.03))
     axes.legend(fontsize=7)

@@ -318,6 +318,21 @@ def test_task_files_that_are_damaged(harness, command, tmp_path):
     assert err.splitlines()[-1].startswith("error: lm-evaluation-harness cannot read word (UndefinedError")
 
 
+def test_figures_show_the_accuracy_of_benchmarks(harness, command, tmp_path):
+    pytest.importorskip("matplotlib")
+    model = random_model()
+    write_tasks(harness, model)
+    convert.save(model, TOKENIZER, tmp_path / "looped")
+    (tmp_path / "text.txt").write_text("What is it? A cat or not. " * 20)
+    arguments = [f"--include_path={harness}", "--threshold=0.5", "--max_loops=2", "--dtype=fp32", "--tokens=128"]
+    arguments += [f"--figures={tmp_path / 'figures'}", f"--data={tmp_path / 'text.txt'}"]
+    code, _, err = command(eval, "--tasks=odd,rolling", f"--init={tmp_path / 'looped'}", *arguments)
+    assert code == 0, err
+    accuracy = json.loads((tmp_path / "figures" / "losses.json").read_text())["accuracy"]
+    assert list(accuracy) == ["odd"] and accuracy["odd"]["passes"] == [1, 2]  # perplexity has its own panel
+    assert accuracy["odd"]["share"] == [pytest.approx(accuracies(model, QUESTIONS, depth)[0]) for depth in "12"]
+
+
 def test_without_the_harness_one_line_says_how_to_install_it(command, monkeypatch):
     monkeypatch.setitem(sys.modules, "lm_eval", None)
     code, out, err = command(eval, "--tasks=piqa", "--init=gpt2")
