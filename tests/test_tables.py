@@ -283,7 +283,7 @@ def test_limit_fewshot_and_models_side_by_side(harness, command, tmp_path):
     arguments += ["--limit=2", "--num_fewshot=1", f"--init={','.join(models)}"]
     code, out, _ = command(eval, "--tasks=word,both", *arguments)
     assert code == 0
-    head, *lines = [line.split() for line in out.splitlines()[1:]]
+    head, *lines = [line.split() for line in out.splitlines()[2:]]
     assert head == ["task", "items", "metric", "model", "base", "1", "exit", "passes"]
     rows = [("word", "2", "perplexity"), ("word", "2", "acc"), ("both", "4", "acc")]
     assert [line[:4] for line in lines] == [[*row, name] for row in rows for name in models]
