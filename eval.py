@@ -467,13 +467,13 @@ class Answers:
     """The model as lm-evaluation-harness asks it: `harness_model` makes a TemplateLM of it. It answers in the column
     that `column` names. A request is answered in all columns at once, when it first comes."""
 
-    eot_token_id = None
+    eot_token_id = None  # the harness asks a class for them
     prefix_token_id = None
 
     def __init__(self, model, tokenizer, columns, batch):
         super().__init__()
         self.model = model
-        self.encoder = tokenizer  # the harness means another by `tokenizer`
+        self.tokenizer = tokenizer
         self.eot_token_id = tokenizer.end_of_text
         self.prefix_token_id = tokenizer.prefix or 0
         self.columns = columns
@@ -484,8 +484,8 @@ class Answers:
 
     def tok_encode(self, string, add_special_tokens=None, **_):
         if add_special_tokens is False:
-            return self.encoder.encode(string)
-        return self.encoder.start(string)
+            return self.tokenizer.encode(string)
+        return self.tokenizer.start(string)
 
     def answers(self, requests, answer):
         """The answers in this column. answer(requests) computes those in all columns where they are not yet known."""
@@ -546,7 +546,7 @@ class Answers:
         for numbers in alike.values():
             for start in range(0, len(numbers), self.batch):
                 group = numbers[start : start + self.batch]
-                written = write_batch(self.model, self.encoder, [requests[i] for i in group], self.columns)
+                written = write_batch(self.model, self.tokenizer, [requests[i] for i in group], self.columns)
                 answers.update(zip(group, written))
                 show_progress("writing", begun, len(answers), len(requests))
         return [answers[i] for i in range(len(requests))]
@@ -650,7 +650,8 @@ def print_tables(tables, s):
     first = next(iter(tables.values()))
     columns = max((table["results"] for table in tables.values()), key=len)
     widest = max(map(len, tables))
-    print(f"base: the pretrained model's one pass; exit: {s.halt}, at most {s.max_loops} passes; ± standard error")
+    print(f"base: the pretrained model's one pass; exit: {s.halt}, at most {s.max_loops} passes, on average those of")
+    print("the last column for the tokens that are scored; ± standard error")
     head = f"{'task':16} {'items':>6} {'metric':16} {'model':{widest}}"
     print(head + "".join(f" {name:>16}" for name in columns) + f" {'passes':>7}")
     in_groups = set()  # what the mean of a group stands for

@@ -316,7 +316,7 @@ def random_flags(settings, material, directory, chance):
     """Some flags of a program, each with a value that may be right."""
     flags = []
     for setting in chance.sample(fields(settings), chance.choice((1, 2, 3, 5))):
-        if setting.name in ("compile", "shard", "src", "out", "resume"):  # slow; needs processes; left to the caller
+        if setting.name in ("compile", "tasks", "shard", "src", "out", "resume"):  # slow; processes; the caller's
             continue
         if setting.type is bool:
             flags.append(chance.choice(("--", "--no-")) + setting.name)

@@ -96,9 +96,9 @@ def test_greedy_continuations_are_told():
     context = ids_of("What is it?")
     for column in columns:
         likeliest = plain_logits(model, context, column.name)[-1].argmax().item()
-        pairs = [(context, [likeliest]), (context, [likeliest - 1])]
+        pairs = [(context, [likeliest]), (context, [likeliest - 1]), (context[:-1], [context[-1], likeliest])]
         answers = eval.score(model, pairs, columns, 8)
-        assert [answer[column.name][1] for answer in answers] == [True, False]
+        assert [answer[column.name][1] for answer in answers] == [True, False, False]
 
 
 def test_what_several_answers_share_runs_once():
@@ -134,7 +134,7 @@ def request(text, **settings):
 def test_texts_are_those_of_plain_calls_up_to_where_they_end():
     model = random_model(block_size=20)
     columns = eval.columns_of(model, eval.Settings(threshold=0.5, max_loops=2))
-    contexts = ["Once", "y" * 100, ""]
+    contexts = ["Once", "a text that is too long", ""]
     answers = eval.write_batch(model, TOKENIZER, [request(text, max_gen_toks=6) for text in contexts], columns)
     for context, answer in zip(contexts, answers):
         passes = answer.pop("passes")
@@ -283,7 +283,7 @@ def test_limit_fewshot_and_models_side_by_side(harness, command, tmp_path):
     arguments += ["--limit=2", "--num_fewshot=1", f"--init={','.join(models)}"]
     code, out, _ = command(eval, "--tasks=word,both", *arguments)
     assert code == 0
-    head, *lines = [line.split() for line in out.splitlines()[1:]]
+    head, *lines = [line.split() for line in out.splitlines()[2:]]
     assert head == ["task", "items", "metric", "model", "base", "1", "exit", "passes"]
     rows = [("word", "2", "perplexity"), ("word", "2", "acc"), ("both", "4", "acc")]
     assert [line[:4] for line in lines] == [[*row, name] for row in rows for name in models]
