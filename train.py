@@ -56,7 +56,7 @@ class Settings:
     trains: str = flag("middle", "all but embedding and encoder (paper), or all", None, ("middle", "all"))
     encoder_layers: int = flag(-1, "layers run once before the loop; -1: the paper's cut, or by the layer profile")
     decoder_layers: int = flag(-1, "layers run once after the loop; -1: likewise")
-    gate_start: str = flag("", "first α of every channel, or s4d: the authors' start; empty: 0.5")
+    gate_start: str = flag("", "start the gate anew: a first α of every channel, or s4d (the authors'); empty: 0.5")
     steps: int = flag(22888, "optimizer steps (paper: 3B tokens)", 1)
     batch: int = flag(2, "sequences per micro-batch (paper: 2)", 1)
     accumulate: int = flag(64, "micro-batches per optimizer step, over all processes (paper: 64)", 1)
@@ -319,7 +319,10 @@ def load_first(s, device, cuts):
         if rank() == 0:
             src = convert.resolve(src)
         dist.barrier()
-    return convert.load(src, device, **cuts)
+    model, tokenizer = convert.load(src, device, **cuts)
+    if s.gate_start:  # also where the checkpoint has a gate, such as one that was trained unlooped
+        model.gate.reset_parameters()
+    return model, tokenizer
 
 
 def setup(s):

@@ -314,6 +314,18 @@ def test_resumed_run_is_the_run_that_was_never_stopped(checkpoint, tmp_path, obj
     assert all(torch.equal(a[name], b[name]) for name in a)
 
 
+def test_a_gate_start_that_is_given_starts_the_gate_of_a_checkpoint_anew(checkpoint, tmp_path):
+    control = train.train(small_run(checkpoint, tmp_path / "control", dtype="fp32", objective="lm", steps=1))
+    for start, alpha in (("", 0.5), ("0.25", 0.25)):
+        s = small_run(checkpoint, tmp_path / f"loop-{start}", dtype="fp32", init=str(control), gate_start=start)
+        gate = train.setup(s).model.gate
+        assert torch.allclose(gate.alpha(torch.randn(1, 2, 32)), torch.tensor(alpha))
+    s = replace(s, steps=1)
+    trained, _ = convert.load(train.train(s))
+    resumed = train.setup(replace(s, resume=True)).model  # which is no start
+    assert torch.equal(trained.gate.up.bias, resumed.gate.up.bias)
+
+
 def test_log_lines_have_losses_speed_and_mfu(checkpoint, tmp_path):
     s = small_run(checkpoint, tmp_path / "run")
     model, _ = convert.load(train.train(s))
