@@ -267,6 +267,17 @@ def bits_per_nat_and_token(sequences, tokenizer):
     return learned.sum().item() / max(1, size) / math.log(2)
 
 
+def checked_losses(s, model, sequences):
+    """`depth_losses` at 0 … s.max_loops passes. Raises InputError where one is no number."""
+    losses = depth_losses(model, sequences, range(s.max_loops + 1), s.batch)
+    for depth, loss in losses.items():
+        if not math.isfinite(loss):
+            problem = f"the loss after {depth} passes is {loss}"
+            place = s.init or "the model"
+            raise InputError(f"{problem}: are the weights in {place} damaged, or --max_loops={s.max_loops} too many?")
+    return losses
+
+
 def measure_losses(s):
     device, dtype = convert.pick_device(s.device, s.dtype)
     directory = convert.resolve(s.init)
@@ -274,13 +285,7 @@ def measure_losses(s):
     context = min(s.context, model.config.block_size)
     sequences = windows(held_out_text(s, directory, tokenizer), context, s.tokens)
     count = (sequences[1] >= 0).sum().item()
-    losses = depth_losses(model, sequences, range(s.max_loops + 1), s.batch)
-    for depth, loss in losses.items():
-        if not math.isfinite(loss):
-            problem = f"the loss after {depth} passes is {loss}"
-            raise InputError(
-                f"{problem}: are the weights in {directory} damaged, or --max_loops={s.max_loops} too many?"
-            )
+    losses = checked_losses(s, model, sequences)
     halt = Halt(s.halt, s.threshold, s.epsilon, s.min_loops)
     exit = exit_stats(model, sequences, s.max_loops, halt, s.batch)
     factor = bits_per_nat_and_token(sequences, tokenizer)
@@ -733,15 +738,16 @@ COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#0
 
 def measure_figures(s):
     """Write the paper's figures to s.figures, each as a picture and with its numbers as JSON. The first of the models
-    in s.init is drawn, a second one is the unlooped control. Raises InputError if matplotlib is missing."""
+    in s.init is drawn, a second one is the unlooped control. Raises InputError if matplotlib is missing, or if the
+    control has another tokenizer."""
     try:
         import matplotlib  # noqa: F401
     except ImportError:
         raise InputError('--figures needs matplotlib: pip install ".[plots]"') from None
     if convert.expand(s.figures).is_file():
         raise InputError(f"--figures={s.figures} is a file: expected a directory, which may be new")
-    if s.max_loops < 1:
-        raise InputError("--figures of --max_loops=0 would be empty: expected 1 or more")
+    if s.max_loops < 1 or s.context < 2:
+        raise InputError("--figures of --max_loops=0 or --context=1 would be empty: expected more")
     names = s.init.split(",")
     device, dtype = convert.pick_device(s.device, s.dtype)
     directory = convert.resolve(names[0])
@@ -750,10 +756,12 @@ def measure_figures(s):
         raise InputError(f"{directory} has no tokenizer.json: text cannot be read without one")
     control = None
     if len(names) > 1:
-        control, _ = convert.load(names[1], device, dtype)
+        control, others = convert.load(names[1], device, dtype)
+        if others is None or others.bytes_of != tokenizer.bytes_of:
+            raise InputError(f"{names[1]} has other tokens than {names[0]}: their losses cannot be compared")
     context = min(s.context, model.config.block_size)
     sequences = windows(held_out_text(s, directory, tokenizer), context, s.tokens)
-    text = sequences[0][:1].to(device)
+    text = sequences[0][:1, :32].to(device)
     path = answers_file(s, directory)
     documents = read_answers(path, tokenizer) if path else []
     title = f"{'/'.join(directory.parts[-3:])} on {Path(s.data or path or 'the text its training held out').name}"
@@ -761,7 +769,8 @@ def measure_figures(s):
     if s.tasks:
         losses["accuracy"] |= benchmark_accuracy(s)
     save_figure(s, title, "losses", losses, draw_losses)
-    save_figure(s, title, "layers", layer_numbers(model, tokenizer), draw_layers)
+    layers_title = f"{'/'.join(directory.parts[-3:])} on the first words of loopus.py"
+    save_figure(s, layers_title, "layers", layer_numbers(model, tokenizer), draw_layers)
     training = training_numbers(directory.parent / "log.jsonl")
     if training:
         save_figure(s, title, "training", training, draw_training)
@@ -769,34 +778,40 @@ def measure_figures(s):
         print(f"no held-out losses in {directory.parent / 'log.jsonl'}: training.png is left out", file=sys.stderr)
     states = state_numbers(s, model, text)
     save_figure(s, title, "states", states, draw_states)
-    prompt = text[0].tolist()[:32]
-    if documents:
-        tokens, answers = documents[0]
-        prompt = tokens[: answers[0].start]
+    prompt = before_first_answer(documents) or text[0].tolist()
     save_figure(s, title, "candidates", candidate_numbers(s, model, tokenizer, prompt), draw_candidates)
     epsilon = sorted(states["step"])[len(states["step"]) // 2]
     save_figure(s, title, "passes", passes_numbers(s, model, sequences, epsilon), draw_passes)
 
 
+def before_first_answer(documents):
+    """The tokens that the first answer in documents of `read_answers` follows; none without one."""
+    for tokens, answers in documents:
+        if answers:
+            return tokens[: answers[0].start]
+    return []
+
+
 def save_figure(s, title, name, numbers, draw):
-    """Write name.png, 900 × 600 pixels, drawn by draw(figure, numbers), and name.json."""
+    """Write name.png, 900 × 600 pixels, drawn by draw(figure, numbers), and name.json: both or neither."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(6, 4), dpi=150, layout="constrained")
     figure.suptitle(plain(title), fontsize=9)
     draw(figure, numbers)
-    directory = convert.expand(s.figures)
-    directory.mkdir(parents=True, exist_ok=True)
-    unfinished = directory / f"{name}.new.png"
-    figure.savefig(unfinished)
-    unfinished.replace(directory / f"{name}.png")
-    (directory / f"{name}.json").write_text(json.dumps({"title": title} | numbers, indent=1), encoding="utf-8")
-    print(directory / f"{name}.png")
+    with convert.all_or_nothing(s.figures) as unfinished:
+        figure.savefig(unfinished / f"{name}.png")
+        (unfinished / f"{name}.json").write_text(json.dumps({"title": title} | numbers, indent=1), encoding="utf-8")
+    print(convert.expand(s.figures) / f"{name}.png")
 
 
 def plain(text):
-    """Text as matplotlib shows it: no formulas, and letters that its font has."""
-    return text.encode("ascii", "backslashreplace").decode().replace("$", r"\$")
+    """Text as matplotlib shows it: no formulas, and escapes for letters that its font lacks."""
+    from matplotlib.font_manager import findfont, get_font
+
+    font = get_font(findfont(None))
+    letters = [letter if font.get_char_index(ord(letter)) else ascii(letter)[1:-1] for letter in text]
+    return "".join(letters).replace("$", r"\$")
 
 
 def layer_numbers(model, tokenizer):
@@ -819,7 +834,7 @@ def draw_layers(figure, numbers):
 def loss_numbers(s, model, control, sequences, documents):
     """Fig. 5: the loss at each depth, of the base, of the control and with exit; by kind of question, accuracy."""
     halt = Halt(s.halt, s.threshold, s.epsilon, s.min_loops)
-    losses = depth_losses(model, sequences, range(s.max_loops + 1), s.batch)
+    losses = checked_losses(s, model, sequences)
     exit = exit_stats(model, sequences, s.max_loops, halt, s.batch)
     numbers = {"loss": list(losses.values()), "exit": [exit["mean_passes"], exit["loss"]]}
     if control:
@@ -884,19 +899,20 @@ def training_numbers(path):
     by_step = {}
     if path.exists():
         for _, record in convert.read_records(path):
-            if "held_out" in record:
+            if isinstance(record, dict) and "held_out" in record:
                 by_step[record["step"]] = record["held_out"]  # after a kill, a step is written again
     if not by_step:
         return None
     steps = sorted(by_step)
-    return {"steps": steps, "losses": {depth: [by_step[i].get(depth) for i in steps] for depth in by_step[steps[0]]}}
+    depths = sorted({depth for losses in by_step.values() for depth in losses}, key=int)
+    return {"steps": steps, "losses": {depth: [by_step[i].get(depth) for i in steps] for depth in depths}}
 
 
 def draw_training(figure, numbers):
     axes = figure.subplots()
     for colour, (depth, losses) in zip(COLOURS, numbers["losses"].items()):
-        points = [(step, loss) for step, loss in zip(numbers["steps"], losses) if loss is not None]
-        axes.plot(*zip(*points), "o-", color=colour, markersize=4, label=depth)
+        values = np.array(losses, dtype=float)  # None, for what is no number, becomes a gap
+        axes.plot(numbers["steps"], values, "o-", color=colour, markersize=4, label=depth)
     axes.set(xlabel="optimizer steps", ylabel="held-out loss, nats per token")
     axes.legend(title="passes")
 
@@ -904,16 +920,17 @@ def draw_training(figure, numbers):
 @torch.no_grad()
 def state_numbers(s, model, text):
     """Fig. 7: the states of the tokens text (1, T) in their first two principal components, before the loop and after
-    each pass; mean α and step length ‖h^{b+1} − h^b‖₂ of each pass."""
+    each pass; mean α and step length ‖h^{b+1} − h^b‖₂ of each pass. The first token is left out: many pretrained models
+    give it a state so long (SmolLM2: after one pass 50 times the others') that it would be all one sees."""
     h = model.encode(text)
-    states, alphas, steps = [h[0]], [], []
+    states, alphas, steps = [h[0, 1:]], [], []
     for _ in range(s.max_loops):
         proposed = model.propose(h)
-        alphas.append(model.gate.alpha(proposed - h).float().mean().item())
+        alphas.append(model.gate.alpha(proposed - h)[0, 1:].float().mean().item())
         h = model.gate(proposed, h)
-        steps.append((h[0] - states[-1]).float().norm(dim=-1).mean().item())
-        states.append(h[0])
-    states = torch.stack(states).float().cpu()  # (passes + 1, T, C)
+        steps.append((h[0, 1:] - states[-1]).float().norm(dim=-1).mean().item())
+        states.append(h[0, 1:])
+    states = torch.stack(states).float().cpu()  # (passes + 1, T − 1, C)
     centred = states - states.mean(dim=(0, 1))
     _, sizes, axes = torch.linalg.svd(centred.flatten(0, 1), full_matrices=False)
     shares = sizes.square() / sizes.square().sum().clamp(min=1e-30)
@@ -924,7 +941,7 @@ def state_numbers(s, model, text):
 def draw_states(figure, numbers):
     grid = figure.add_gridspec(2, 2, width_ratios=(2, 1))
     axes = figure.add_subplot(grid[:, 0])
-    coordinates = np.array(numbers["coordinates"])  # (passes + 1, T, 2)
+    coordinates = np.array(numbers["coordinates"])  # (passes + 1, T − 1, 2)
     for path in coordinates.swapaxes(0, 1):
         axes.plot(*path.T, color="#bbbbbb", linewidth=0.5, zorder=1)
     for b, (points, colour) in enumerate(zip(coordinates, shades_of(len(coordinates)))):
@@ -990,7 +1007,7 @@ def draw_passes(figure, numbers):
         label = f"{rule}: {mean:.2f} on average, loss {row['loss']:.3f}"
         axes.bar(places, shares, width, color=COLOURS[i], label=label)
     axes.set(xlabel="passes taken", ylabel="share of tokens")
-    axes.legend(fontsize=8)
+    figure.legend(loc="outside lower center", fontsize=8)
 
 
 # ---- Speed: everything on this machine, in this run

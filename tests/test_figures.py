@@ -48,7 +48,8 @@ def test_each_figure_opens_and_its_numbers_are_those_of_plain_calls(looped, chec
     for name in names:
         picture = image.imread(out / f"{name}.png")
         assert picture.shape[:2] == (600, 900) and picture[..., :3].std() > 0.05
-        assert "run/step-0000004 on text.txt" in read(out / f"{name}.json")["title"]
+        data = "the first words of loopus.py" if name == "layers" else "text.txt"
+        assert read(out / f"{name}.json")["title"].endswith(f"run/step-0000004 on {data}")
 
     model, tokenizer = convert.load(looped)
     control, _ = convert.load(directory)
@@ -64,18 +65,19 @@ def test_each_figure_opens_and_its_numbers_are_those_of_plain_calls(looped, chec
     layers = read(out / "layers.json")
     assert layers["distances"] == pytest.approx(distances.tolist()) and layers["encoder"] == layers["decoder"] == 1
 
-    states = read(out / "states.json")
+    numbers = read(out / "states.json")
     h = [model.encode(x[:1])]
     for _ in range(3):
         h.append(model.refine(h[-1]))
+    h = [states[:, 1:] for states in h]  # all but the first token
     steps = [(after - before)[0].norm(dim=-1).mean().item() for before, after in zip(h, h[1:])]
-    assert states["step"] == pytest.approx(steps, rel=1e-4)
+    assert numbers["step"] == pytest.approx(steps, rel=1e-4)
     flat = torch.cat(h).flatten(0, 1).double().numpy()
     flat -= flat.mean(axis=0)
-    components = np.array(states["coordinates"]).reshape(-1, 2)
+    components = np.array(numbers["coordinates"]).reshape(-1, 2)
     variance, wanted = components.T @ components, np.linalg.eigvalsh(flat.T @ flat)[::-1]
     assert np.allclose(variance, np.diag(wanted[:2]), rtol=1e-3, atol=1e-3 * wanted[0])
-    assert states["variance"] == pytest.approx((wanted[:2] / wanted.sum()).tolist(), rel=1e-3)
+    assert numbers["variance"] == pytest.approx((wanted[:2] / wanted.sum()).tolist(), rel=1e-3)
 
     candidates = read(out / "candidates.json")
     assert candidates["prompt"] == text.read_text()[:24]
@@ -87,7 +89,7 @@ def test_each_figure_opens_and_its_numbers_are_those_of_plain_calls(looped, chec
     }
 
     rules = read(out / "passes.json")["rules"]
-    epsilon = sorted(states["step"])[1]
+    epsilon = sorted(numbers["step"])[1]
     for (label, row), rule in zip(rules.items(), RULES):
         assert label.startswith(rule) and sum(row["histogram"]) == 96
         _, depth = loopus.early_exit(model, x, 3, Halt(rule, 0.6, epsilon))
@@ -125,3 +127,77 @@ def test_without_matplotlib_or_a_directory_there_is_one_line(looped, checkpoint,
     pytest.importorskip("matplotlib")
     code, out, err = command(evaluation, f"--figures={checkpoint[1]}", *arguments)
     assert code == 1 and "is a file: expected a directory" in err and len(err.splitlines()) == 1
+
+
+def test_a_first_token_of_a_long_state_does_not_hide_the_others():
+    model = random_model("gpt2")
+    idx = torch.randint(0, 257, (1, 12), generator=torch.Generator().manual_seed(0))
+    numbers = evaluation.state_numbers(evaluation.Settings(max_loops=2), model, idx)
+    assert np.array(numbers["coordinates"]).shape == (3, 11, 2)
+    plain_encode = model.encode
+
+    def encode(idx):
+        h = plain_encode(idx)
+        h[:, 0] *= 1000
+        return h
+
+    model.encode = encode
+    spread = np.ptp(evaluation.state_numbers(evaluation.Settings(max_loops=2), model, idx)["coordinates"], axis=(0, 1))
+    assert spread.max() < 3 * np.ptp(numbers["coordinates"], axis=(0, 1)).max()
+
+
+def test_a_log_with_gaps_other_lines_and_later_depths(tmp_path):
+    log = tmp_path / "log.jsonl"
+    lines = ['{"step": 0, "held_out": {"0": 1.0, "8": null}}', "5", '{"step": 3, "held_out": {"0": 2.0, "10": 4.0}}']
+    log.write_text("\n".join(lines) + "\n")
+    numbers = evaluation.training_numbers(log)
+    assert numbers == {"steps": [0, 3], "losses": {"0": [1.0, 2.0], "8": [None, None], "10": [None, 4.0]}}
+    assert list(numbers["losses"]) == ["0", "8", "10"]
+    figure = pytest.importorskip("matplotlib.figure").Figure()
+    evaluation.draw_training(figure, numbers)
+    heights = [line.get_ydata() for line in figure.axes[0].lines]
+    np.testing.assert_array_equal(heights, [[1, 2], [np.nan, np.nan], [np.nan, 4]])
+    log.write_text('{"step": 1, "lm": 3.0}\n')
+    assert evaluation.training_numbers(log) is evaluation.training_numbers(tmp_path / "none") is None
+
+
+def test_the_prompt_ends_before_the_first_answer_that_there_is():
+    answer = evaluation.Answer("a", 2, 3)
+    assert evaluation.before_first_answer([([1, 2], []), ([3, 4, 5], [answer]), ([6, 7, 8], [answer])]) == [3, 4]
+    assert evaluation.before_first_answer([([1, 2], [])]) == evaluation.before_first_answer([]) == []
+
+
+def test_text_in_figures_is_shown_as_it_is_where_the_font_has_its_letters():
+    pytest.importorskip("matplotlib")
+    assert evaluation.plain("‖é‖ 中 \udc80 $x$") == r"‖é‖ \u4e2d \udc80 \$x\$"
+
+
+def test_what_cannot_be_compared_or_drawn_ends_in_one_line(looped, checkpoint, command, tmp_path):
+    pytest.importorskip("matplotlib")
+    directory, text = checkpoint
+    tokenizer = train.list_tokenizer()
+    convert.save(random_model("gpt2", vocab_size=tokenizer.n_vocab), tokenizer, tmp_path / "other", "hf")
+    damaged, _ = convert.load(looped)
+    damaged.lm_head.weight.data.fill_(float("inf"))  # the confidence is still a number
+    convert.save(damaged, convert.byte_tokenizer(), tmp_path / "damaged")
+    cases = [
+        ([f"--init={looped},{tmp_path / 'other'}"], "has other tokens than"),
+        ([f"--init={tmp_path / 'damaged'}"], "the loss after 0 passes is nan"),
+        ([f"--init={looped}", "--context=1"], "would be empty"),
+        ([f"--init={looped}", "--max_loops=0"], "would be empty"),
+    ]
+    for flags, message in cases:
+        arguments = [f"--figures={tmp_path / 'figures'}", f"--data={text}", *FLAGS, *flags]
+        code, out, err = command(evaluation, *arguments)
+        assert code == 1 and message in err and len(err.splitlines()) == 1, err
+        assert not (tmp_path / "figures").exists()
+
+
+def test_a_figure_that_cannot_be_written_leaves_nothing(tmp_path):
+    pytest.importorskip("matplotlib")
+    numbers = {"distances": [0.5, 0.1, 0.2], "encoder": 1, "decoder": 1}
+    s = evaluation.Settings(figures=str(tmp_path / "figures"))
+    (tmp_path / "figures" / "layers.json").mkdir(parents=True)
+    with pytest.raises(loopus.InputError, match="layers.json there is a directory"):
+        evaluation.save_figure(s, "title", "layers", numbers, evaluation.draw_layers)
+    assert [path.name for path in (tmp_path / "figures").iterdir()] == ["layers.json"]
