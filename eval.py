@@ -764,13 +764,13 @@ def measure_figures(s):
     text = sequences[0][:1, :32].to(device)
     path = answers_file(s, directory)
     documents = read_answers(path, tokenizer) if path else []
-    title = f"{'/'.join(directory.parts[-3:])} on {Path(s.data or path or 'the text its training held out').name}"
+    name = "/".join(Path(names[0] or directory).parts[-3:])
+    title = f"{name} on {Path(s.data or path or 'the text its training held out').name}"
     losses = loss_numbers(s, model, control, sequences, documents)
     if s.tasks:
         losses["accuracy"] |= benchmark_accuracy(s)
     save_figure(s, title, "losses", losses, draw_losses)
-    layers_title = f"{'/'.join(directory.parts[-3:])} on the first words of loopus.py"
-    save_figure(s, layers_title, "layers", layer_numbers(model, tokenizer), draw_layers)
+    save_figure(s, f"{name} on the first words of loopus.py", "layers", layer_numbers(model, tokenizer), draw_layers)
     training = training_numbers(directory.parent / "log.jsonl")
     if training:
         save_figure(s, title, "training", training, draw_training)
@@ -832,7 +832,7 @@ def draw_layers(figure, numbers):
 
 
 def loss_numbers(s, model, control, sequences, documents):
-    """Fig. 5: the loss at each depth, of the base, of the control and with exit; by kind of question, accuracy."""
+    """Fig. 5: the loss at each depth, of one ungated pass, of the control and with exit; accuracy by kind."""
     halt = Halt(s.halt, s.threshold, s.epsilon, s.min_loops)
     losses = checked_losses(s, model, sequences)
     exit = exit_stats(model, sequences, s.max_loops, halt, s.batch)
