@@ -1996,6 +1996,9 @@ class Inference:
     device: str = flag("", "cpu, cuda or mps; empty: the best there is")
     dtype: str = flag("", "empty: bf16 where the device is good at it", None, tuple(DTYPES))
 
+    def rule(self):
+        return Halt(self.halt, self.threshold, self.epsilon, self.min_loops)
+
 
 # ---- For speed alone: compiled writing. A first reading may skip this.
 class SumLinear(torch.nn.Module):

@@ -148,9 +148,9 @@ class Answer(NamedTuple):
     stop: int
 
 
-def read_answers(path, tokenizer):
+def read_answers(path, tokenizer, block_size):
     """The documents of a .jsonl file in which each completion has its "kind" → (tokens, Answers) of each. Raises
-    InputError for other lines."""
+    InputError for other lines, and for a document that is longer than block_size."""
     documents = []
     for number, record in convert.read_records(path):
         try:
@@ -159,7 +159,7 @@ def read_answers(path, tokenizer):
             raise InputError(f'line {number} of {path} ({e!s:.80}): expected a "prompt" and its "completion"') from None
         if not segments:
             continue
-        ids = tokenizer.start(segments[0].text) or [tokenizer.end_of_text or 0]  # something must come before an answer
+        ids = tokenizer.start(segments[0].text) or [tokenizer.prefix or 0]  # something must come before an answer
         borders = []
         for segment in segments[1:]:
             start = len(ids)
@@ -169,6 +169,10 @@ def read_answers(path, tokenizer):
         kinds = record.get("kind")
         if not is_list_of_strings(kinds) or len(kinds) != len(borders):
             raise InputError(f'line {number} of {path}: expected as many strings in "kind" as completions')
+        if len(ids) > block_size:
+            raise InputError(
+                f"line {number} of {path}: {len(ids)} tokens do not fit the model's context of {block_size}"
+            )
         answers = [Answer(kind, start, stop) for kind, (start, stop) in zip(kinds, borders) if start < stop]
         documents.append((ids, answers))
     return documents
@@ -286,13 +290,20 @@ def measure_losses(s):
     sequences = windows(held_out_text(s, directory, tokenizer), context, s.tokens)
     count = (sequences[1] >= 0).sum().item()
     losses = checked_losses(s, model, sequences)
-    halt = Halt(s.halt, s.threshold, s.epsilon, s.min_loops)
+    halt = s.rule()
     exit = exit_stats(model, sequences, s.max_loops, halt, s.batch)
     factor = bits_per_nat_and_token(sequences, tokenizer)
     rows = [row(depth, depth, loss, factor) for depth, loss in losses.items()]
     rows.append(row("exit", exit["mean_passes"], exit["loss"], factor))
+    path = answers_file(s, directory)
+    shares = {}
+    if path:
+        documents = read_answers(path, tokenizer, model.config.block_size)
+        depths = [depth for depth in DEPTHS if depth <= s.max_loops]
+        shares = accuracy_by_kind(model, documents, depths, halt, s.max_loops, s.batch)
     if s.json:
-        print(json.dumps({"init": str(directory), "tokens": count, "depths": rows, **halt._asdict(), "exit": exit}))
+        report = {"init": str(directory), "tokens": count, "depths": rows, **halt._asdict(), "exit": exit}
+        print(json.dumps(report | {"accuracy": shares}))
         return
     print(f"{directory}: {count:,} held-out tokens in sequences of {context}; 0 passes: one ungated, as the base runs")
     print(f"{'passes':>8} {'mean':>6} {'loss':>8} {'perplexity':>11} {'bits/byte':>10}")
@@ -302,11 +313,8 @@ def measure_losses(s):
     for b, n in enumerate(exit["histogram"], start=1):
         print(f"{b:>8} {'█' * round(40 * n / count):40} {n / count:6.1%}")
     print(f"\nconfidence is {exit['ece']:.3f} from how often the likeliest token was right, on average (the ECE)")
-    path = answers_file(s, directory)
-    if path:
-        shares = accuracy_by_kind(model, read_answers(path, tokenizer), DEPTHS, halt, s.max_loops)
-        if shares:
-            print_accuracy(shares)
+    if shares:
+        print_accuracy(shares)
 
 
 def row(passes, mean_passes, loss, factor):
@@ -334,7 +342,7 @@ def columns_of(model, s):
     columns = [Column("base", 0)]
     if s.max_loops > 0 and model.q_head[1].weight.any():
         columns += [Column(str(depth), depth) for depth in DEPTHS if depth <= s.max_loops]
-        columns.append(Column("exit", s.max_loops, Halt(s.halt, s.threshold, s.epsilon, s.min_loops)))
+        columns.append(Column("exit", s.max_loops, s.rule()))
     return columns
 
 
@@ -468,7 +476,7 @@ def show_progress(what, begun, done, total):
     convert.progress(f"{what}, {left / 60:5.1f} min left", done, total)
 
 
-class Answers:
+class Scorer:
     """The model as lm-evaluation-harness asks it: `harness_model` makes a TemplateLM of it. It answers in the column
     that `column` names. A request is answered in all columns at once, when it first comes."""
 
@@ -492,7 +500,7 @@ class Answers:
             return self.tokenizer.encode(string)
         return self.tokenizer.start(string)
 
-    def answers(self, requests, answer):
+    def answer_all(self, requests, answer):
         """The answers in this column. answer(requests) computes those in all columns where they are not yet known."""
         keys = [repr((request.request_type, request.args)) for request in requests]
         unknown = {key: request for key, request in zip(keys, requests) if key not in self.known}
@@ -512,14 +520,14 @@ class Answers:
 
     def loglikelihood(self, requests, **_):
         answer = partial(super().loglikelihood, disable_tqdm=True)  # encodes pairs for _loglikelihood_tokens
-        return self.answers(requests, answer)
+        return self.answer_all(requests, answer)
 
     def _loglikelihood_tokens(self, requests, **_):
         pairs = [(context or [self.prefix_token_id], continuation) for _, context, continuation in requests]
         return score(self.model, pairs, self.columns, self.batch)
 
     def loglikelihood_rolling(self, requests, **_):
-        return self.answers(requests, self.score_texts)
+        return self.answer_all(requests, self.score_texts)
 
     def score_texts(self, requests):
         """Log-probabilities of whole texts, in windows as long as the model's context: each token is scored once."""
@@ -539,7 +547,7 @@ class Answers:
         return sums
 
     def generate_until(self, requests, **_):
-        return self.answers(requests, self.write_texts)
+        return self.answer_all(requests, self.write_texts)
 
     def write_texts(self, requests):
         """Texts after the contexts of requests, those with the same settings in batches."""
@@ -587,20 +595,20 @@ def find_tasks(harness, s):
 
 
 def harness_model(harness, *arguments):
-    """`Answers` of these arguments as the harness takes them."""
+    """`Scorer` of these arguments as the harness takes them."""
 
-    class HarnessModel(Answers, harness.api.model.TemplateLM):
+    class HarnessModel(Scorer, harness.api.model.TemplateLM):
         pass
 
     return HarnessModel(*arguments)
 
 
-def evaluate(harness, answers, manager, s):
-    """Let the harness score the answers in their column. → what it returns. InputError: a task's files are damaged."""
+def evaluate(harness, scorer, manager, s):
+    """Let the harness score in the scorer's column. → what it returns. InputError: a task's files are damaged."""
     try:
         with redirect_stdout(sys.stderr):
             return harness.simple_evaluate(
-                answers,
+                scorer,
                 tasks=s.tasks.split(","),
                 task_manager=manager,
                 num_fewshot=s.num_fewshot if s.num_fewshot >= 0 else None,
@@ -608,9 +616,11 @@ def evaluate(harness, answers, manager, s):
                 bootstrap_iters=1000,
                 log_samples=False,
             )
-    except (InputError, OSError, RuntimeError):
+    except (InputError, OSError):
         raise
     except Exception as e:  # templates, configs and data may fail in any way
+        if convert.is_out_of_memory(e):
+            raise
         problem = f"lm-evaluation-harness cannot read {s.tasks} ({e!r:.300})"
         raise InputError(f"{problem}: mend the task's files, or choose others") from e
 
@@ -623,11 +633,11 @@ def benchmark(harness, manager, init, s):
     model, tokenizer = convert.load(directory, device, dtype)
     if tokenizer is None:
         raise InputError(f"{directory} has no tokenizer.json: text cannot be read without one")
-    answers = harness_model(harness, model, tokenizer, columns_of(model, s), s.batch)
+    scorer = harness_model(harness, model, tokenizer, columns_of(model, s), s.batch)
     results = {}
-    for column in answers.columns:
-        answers.column = column.name
-        evaluated = evaluate(harness, answers, manager, s)
+    for column in scorer.columns:
+        scorer.column = column.name
+        evaluated = evaluate(harness, scorer, manager, s)
         results[column.name] = evaluated["results"]
     groups = evaluated.get("group_subtasks", {})
     items = {}
@@ -635,7 +645,7 @@ def benchmark(harness, manager, init, s):
     for name in evaluated["results"]:
         tasks = tasks_in(name, groups)
         items[name] = sum(evaluated["n-samples"][task]["effective"] for task in tasks)
-        passes[name] = answers.mean_passes(tasks)
+        passes[name] = scorer.mean_passes(tasks)
     return {"results": results, "items": items, "passes": passes, "groups": groups}
 
 
@@ -650,6 +660,16 @@ def is_metric(key):
     return "," in key and "_stderr," not in key
 
 
+def shown_tasks(table):
+    """The tasks of a table, without those that the mean of a group stands for."""
+    results = table["results"]["base"]
+    in_groups = set()
+    for group, names in table["groups"].items():
+        if any(map(is_metric, results[group])):
+            in_groups.update(names)
+    return [task for task in results if task not in in_groups]
+
+
 def print_tables(tables, s):
     """A row for each task, metric and model: the columns, with the mean passes of exit."""
     first = next(iter(tables.values()))
@@ -659,13 +679,8 @@ def print_tables(tables, s):
     print("the last column for the tokens that are scored; ± standard error")
     head = f"{'task':16} {'items':>6} {'metric':16} {'model':{widest}}"
     print(head + "".join(f" {name:>16}" for name in columns) + f" {'passes':>7}")
-    in_groups = set()  # what the mean of a group stands for
-    for group, names in first["groups"].items():
-        if any(map(is_metric, first["results"]["base"][group])):
-            in_groups.update(names)
-    for task, result in first["results"]["base"].items():
-        if task in in_groups:
-            continue
+    for task in shown_tasks(first):
+        result = first["results"]["base"][task]
         for key in filter(is_metric, result):
             for model, table in tables.items():
                 line = f"{task:16} {table['items'][task]:6} {key.removesuffix(',none'):16} {model:{widest}}"
@@ -689,8 +704,6 @@ def cell(results, task, metric):
 
 def measure_tables(s):
     """Benchmark the models of --init, side by side."""
-    if s.task != "loss":
-        raise InputError(f"--task={s.task} and --tasks={s.tasks}: give one of the two")
     harness = import_harness()
     manager = find_tasks(harness, s)
     tables = {}
@@ -746,6 +759,8 @@ def measure_figures(s):
         raise InputError('--figures needs matplotlib: pip install ".[plots]"') from None
     if convert.expand(s.figures).is_file():
         raise InputError(f"--figures={s.figures} is a file: expected a directory, which may be new")
+    if s.tasks:
+        find_tasks(import_harness(), s)
     if s.max_loops < 1 or s.context < 2:
         raise InputError("--figures of --max_loops=0 or --context=1 would be empty: expected more")
     names = s.init.split(",")
@@ -759,11 +774,11 @@ def measure_figures(s):
         control, others = convert.load(names[1], device, dtype)
         if others is None or others.bytes_of != tokenizer.bytes_of:
             raise InputError(f"{names[1]} has other tokens than {names[0]}: their losses cannot be compared")
-    context = min(s.context, model.config.block_size)
+    context = min(s.context, *(loaded.config.block_size for loaded in (model, control or model)))
     sequences = windows(held_out_text(s, directory, tokenizer), context, s.tokens)
     text = sequences[0][:1, :32].to(device)
     path = answers_file(s, directory)
-    documents = read_answers(path, tokenizer) if path else []
+    documents = read_answers(path, tokenizer, model.config.block_size) if path else []
     name = "/".join(Path(names[0] or directory).parts[-3:])
     title = f"{name} on {Path(s.data or path or 'the text its training held out').name}"
     losses = loss_numbers(s, model, control, sequences, documents)
@@ -833,7 +848,7 @@ def draw_layers(figure, numbers):
 
 def loss_numbers(s, model, control, sequences, documents):
     """Fig. 5: the loss at each depth, of one ungated pass, of the control and with exit; accuracy by kind."""
-    halt = Halt(s.halt, s.threshold, s.epsilon, s.min_loops)
+    halt = s.rule()
     losses = checked_losses(s, model, sequences)
     exit = exit_stats(model, sequences, s.max_loops, halt, s.batch)
     numbers = {"loss": list(losses.values()), "exit": [exit["mean_passes"], exit["loss"]]}
@@ -841,7 +856,8 @@ def loss_numbers(s, model, control, sequences, documents):
         numbers["control"] = depth_losses(control, sequences, [0], s.batch)[0]
     accuracy = {}
     depths = list(range(1, s.max_loops + 1))
-    for kind, columns in accuracy_by_kind(model, documents, depths, halt, s.max_loops).items():
+    by_kind = accuracy_by_kind(model, documents, depths, halt, s.max_loops, s.batch)
+    for kind, columns in by_kind.items():
         shares = [columns[depth] for depth in depths]
         accuracy[kind] = {"passes": depths, "share": shares, "exit": [columns["passes"], columns["exit"]]}
     return numbers | {"accuracy": accuracy}
@@ -855,8 +871,8 @@ def benchmark_accuracy(s):
     columns = table["results"]
     depths = [depth for depth in DEPTHS if str(depth) in columns]
     accuracy = {}
-    for task, result in columns["base"].items():
-        if depths and "acc,none" in result:
+    for task in shown_tasks(table):
+        if depths and "acc,none" in columns["base"][task]:
             shares = [columns[str(depth)][task]["acc,none"] for depth in depths]
             exit = [table["passes"][task], columns["exit"][task]["acc,none"]]
             accuracy[task] = {"passes": depths, "share": shares, "exit": exit}
@@ -1098,8 +1114,10 @@ def measure_writing(s):
         share = f"{saved / promised:.0%} of what that many passes fewer take"
         print(f"exit after {depth:.2f} passes saves {saved / means[8]:.1%} of 8 passes' time, {share}")
     if s.profile:
-        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
-            write_tokens(model, prompt, 1, 8, Halt(threshold=2.0))
+        cache = model.new_cache(s.batch, prompt.size(1) + 8, 8)
+        model.advance(prompt, [0] * s.batch, cache, 8, Halt(threshold=2.0))
+        with torch.profiler.profile() as profile:  # of all kinds of activity that there are
+            model.advance(prompt[:, :1], [prompt.size(1)] * s.batch, cache, 8, Halt(threshold=2.0))
         print(profile.key_averages().table(sort_by="self_cpu_time_total", row_limit=14, max_name_column_width=50))
 
 
@@ -1252,20 +1270,33 @@ def measure_speed(s):
         compare_training(s)
 
 
+LOOP_FLAGS = {"max_loops", "halt", "threshold", "epsilon", "min_loops"}
+TASK_FLAGS = {"tasks", "limit", "num_fewshot", "include_path"}
+
+
+def refuse_others(way, given, taken):
+    """Raises InputError if a flag was given that this way of measuring would ignore."""
+    others = given.keys() - taken - {"init", "device", "dtype"}
+    if others:
+        raise InputError(f"{way} takes no --{min(others)}: leave it out")
+
+
 def main():
     if re.search("--task[= ]speed", " ".join(sys.argv)):
         return measure_speed(Speed(**convert.parse(Speed, "init")))
     given = convert.parse(Settings)
     s = Settings(**given)
     if s.figures:
+        taken = LOOP_FLAGS | TASK_FLAGS | {"figures", "data", "context", "tokens", "batch"}
+        refuse_others("--figures", given, taken)
         return measure_figures(s)
     if s.tasks:
+        refuse_others("--tasks", given, LOOP_FLAGS | TASK_FLAGS | {"batch", "json"})
         return measure_tables(s)
     if s.task == "profile":
-        others = given.keys() - {"task", "init", "device", "dtype"}
-        if others:
-            raise InputError(f"--task=profile takes no --{min(others)}, only --init, --device, --dtype: leave it out")
+        refuse_others("--task=profile", given, {"task"})
         return measure_profile(s)
+    refuse_others("the loss", given, LOOP_FLAGS | {"task", "data", "context", "tokens", "batch", "json"})
     measure_losses(s)
 
 

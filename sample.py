@@ -19,7 +19,7 @@ import torch
 import convert
 import loopus
 from convert import flag
-from loopus import Halt, InputError
+from loopus import InputError
 
 TINTS = (75, 79, 114, 150, 186, 215, 209, 203)  # terminal colours from cool, few passes, to warm, many
 
@@ -47,11 +47,6 @@ def tint(text, passes, max_loops):
     warmth = (passes - 1) / max(1, max_loops - 1)  # 0 … 1
     colour = TINTS[int(warmth * (len(TINTS) - 1))]
     return f"\x1b[38;5;{colour}m{text}\x1b[0m"
-
-
-def rule(s):
-    """When a token stops, by these settings."""
-    return Halt(s.halt, s.threshold, s.epsilon, s.min_loops)
 
 
 def drawing(model, s):
@@ -91,13 +86,13 @@ def write(model, tokenizer, prompt, s):
     print_legend(s)
     print(prompt, end="", flush=True)
     ids = prompt_tokens(tokenizer, prompt)
-    steps = model.stream([ids], s.max_new_tokens, s.max_loops, rule(s), drawing(model, s))
+    steps = model.stream([ids], s.max_new_tokens, s.max_loops, s.rule(), drawing(model, s))
     show(steps, model, tokenizer, s)
 
 
 def prompt_tokens(tokenizer, prompt):
     """The tokens of a prompt; where it has none, the one that begins a text."""
-    return tokenizer.start(prompt) or [tokenizer.end_of_text or 0]
+    return tokenizer.start(prompt) or [tokenizer.prefix or 0]
 
 
 # ---- A conversation
@@ -134,17 +129,18 @@ class Conversation:
 
     def ask(self, question):
         """Add a question to the conversation. Raises InputError where it is longer than the context."""
-        if self.turns:  # its reply does not hold its end
-            self.turns[-1] += self.ending
         opening = self.template.opening.format(role="assistant")
-        self.turns.append(self.message("user", question) + self.tokenizer.encode(opening))
+        asked = self.message("user", question) + self.tokenizer.encode(opening)
         context = self.model.config.block_size
-        if len(self.tokens()) + min(self.s.max_new_tokens, context // 2) > context:
-            self.forget(context // 2)
-        length = len(self.tokens())
+        length = len(self.beginning) + len(asked)
         if length >= context:
             raise InputError(f"a message of {length} tokens does not fit the context of {context}: shorten it")
-        self.make_room(min(length + self.s.max_new_tokens, context))
+        if self.turns:  # its reply does not hold its end
+            self.turns[-1] += self.ending
+        self.turns.append(asked)
+        if len(self.tokens()) + min(self.s.max_new_tokens, context // 2) > context:
+            self.forget(context // 2)
+        self.make_room(min(len(self.tokens()) + self.s.max_new_tokens, context))
 
     def forget(self, size):
         """Drop the oldest turns, never the newest, until at most `size` tokens remain."""
@@ -168,7 +164,7 @@ class Conversation:
         room = self.cache[0].size(3) - len(self.tokens())
         for _ in range(min(self.s.max_new_tokens, room)):
             idx = torch.tensor([self.tokens()[self.cached :]], device=self.model.wte.weight.device)
-            logits, depth = self.model.advance(idx, [self.cached], self.cache, self.s.max_loops, rule(self.s))
+            logits, depth = self.model.advance(idx, [self.cached], self.cache, self.s.max_loops, self.s.rule())
             self.cached += idx.size(1)
             token = self.draw(logits).item()
             if token in self.ends:
@@ -182,7 +178,13 @@ def chat(model, tokenizer, template, s):
     conversation = Conversation(model, tokenizer, template, s)
     print_legend(s)
     for question in inputs(s):
-        conversation.ask(question.strip())
+        try:
+            conversation.ask(question.strip())
+        except InputError as e:
+            if not sys.stdin.isatty():
+                raise
+            print(f"error: {e}", file=sys.stderr)
+            continue
         show(conversation.reply(), model, tokenizer, s)
 
 
@@ -205,7 +207,7 @@ def trace(model, tokenizer, prompt, s):
     """One row per pass for the token after the prompt: confidence q, step length ‖h^{b+1} − h^b‖₂, mean α, and the
     likeliest tokens. No token is stopped; where the rule first holds is marked."""
     ids = prompt_tokens(tokenizer, prompt)
-    halt = rule(s)
+    halt = s.rule()
     h = model.encode(torch.tensor([ids], device=model.wte.weight.device))
     print(f"pass  {'q':>5}  {'step':>8}  {'α':>5}  candidates")
     print(f"base{'':24}{candidates(model, tokenizer, model.propose(h))}")
@@ -238,7 +240,7 @@ def inputs(s):
             print(f"{greeting} An empty line ends. Ctrl-C stops a text.")
             yield from lines("\n> ")
         elif s.chat:
-            yield from lines("")
+            yield from filter(str.strip, sys.stdin)
         else:
             yield sys.stdin.read().rstrip("\n")
     except UnicodeDecodeError as e:

@@ -759,7 +759,7 @@ def question_of(path, kind):
 def show_story(base, control, loop, device, path):
     """Print the share of right answers by links: of the base, the control, and the looped model at each depth."""
     model, tokenizer = convert.load(loop, device)
-    documents = read_answers(path, tokenizer)
+    documents = read_answers(path, tokenizer, model.config.block_size)
     rows = {kind: {} for kind in sorted({answer.kind for _, answers in documents for answer in answers})}
     for name, directory in (("base", base), ("control", control)):
         unlooped, _ = convert.load(directory, device)

@@ -59,7 +59,7 @@ def documents_of(out, links, tokenizer):
     """300 documents, all of whose chains have `links` links, as `read_answers` gives them."""
     path = out / f"links-{links}.jsonl"
     train.write_lists(path, 300, [links], 100 + links)
-    return read_answers(path, tokenizer)
+    return read_answers(path, tokenizer, 1000)
 
 
 def share_right(model, documents, depths, halt=None, max_loops=8):

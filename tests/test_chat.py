@@ -131,6 +131,11 @@ def test_a_full_context_forgets_the_oldest_turns(tmp_path, capsys):
     assert capsys.readouterr().err.count("the context is full: the oldest turns are forgotten") >= 1
     with pytest.raises(InputError, match="does not fit the context of 80: shorten it"):
         talk.ask("x y " * 60)
+    talk.ask("5?")  # as if that had not been said
+    before = talk.tokens()
+    written = [token for [(token, _)] in talk.reply()]
+    assert "x y" not in talk.tokenizer.decode(before) and talk.tokenizer.decode(before).count("5?") == 1
+    assert talk.model.generate([before], len(written), 4, 0.52, temperature=0)[0][0] == before + written
 
 
 def piped(monkeypatch, data):
@@ -145,7 +150,7 @@ def test_each_piped_line_is_a_turn(command, tmp_path, monkeypatch):
     for question in ("What is it?", "And why?"):
         talk.ask(question)
         replies.append(talk.tokenizer.decode([token for [(token, _)] in talk.reply()]))
-    piped(monkeypatch, b"What is it?\n And why? \n\nnot read\n")
+    piped(monkeypatch, b"What is it?\n\n And why? \n")
     code, out, err = command(sample, *flags)
     assert code == 0 and out == "".join(f"{reply}\n" for reply in replies), err
     assert err.count("tokens/s") == 2

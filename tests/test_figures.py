@@ -108,7 +108,7 @@ def test_lists_show_their_accuracy_and_what_lacks_a_log_says_so(looped, command,
     )
     assert code == 0 and "training.png is left out" in err and not (out / "training.png").exists(), err
     model, tokenizer = convert.load(looped)
-    documents = evaluation.read_answers(tmp_path / "lists.jsonl", tokenizer)
+    documents = evaluation.read_answers(tmp_path / "lists.jsonl", tokenizer, 1000)
     shares = evaluation.accuracy_by_kind(model, documents, [1, 2, 3])
     accuracy = read(out / "losses.json")["accuracy"]
     assert {kind: row["share"] for kind, row in accuracy.items()} == {

@@ -339,4 +339,4 @@ def test_without_the_harness_one_line_says_how_to_install_it(command, monkeypatc
     assert (code, out) == (1, "")
     assert err == 'error: --tasks needs lm-evaluation-harness, which is missing: pip install ".[eval]"\n'
     code, _, err = command(eval, "--tasks=piqa", "--task=profile")
-    assert "--task=profile and --tasks=piqa: give one of the two" in err
+    assert "--tasks takes no --task: leave it out" in err
