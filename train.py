@@ -22,8 +22,8 @@ from pathlib import Path
 
 if "OMP_WAIT_POLICY" not in os.environ:
     # Threads that wait for others spin: torch's by default so long that, beside another busy process, a small model
-    # trains at a quarter of its speed. With this many turns it keeps nearly half of it, and 95 % where it is alone. It
-    # must be set before torch starts them. (Compiled writing would lose an eighth: the other programs leave it.)
+    # trains at a third of its speed. With this many turns it keeps half of it or more, and nine tenths where it is
+    # alone. It must be set before torch starts them. (Compiled writing would lose an eighth: other programs leave it.)
     os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
 import numpy as np
