@@ -1084,9 +1084,9 @@ def bytes_of(modules):
 
 
 def measure_writing(s):
-    """A row for each number of passes: a prompt of 64 random tokens, the shortest of three times; then s.tokens tokens
-    one by one, and the lower quartile of their times (with exit: the mean). The floor is the time in which the
-    device reads the weights that a token needs, each pass anew."""
+    """A row for each number of passes: a prompt of 64 random tokens, the shortest of three times, and its share of the
+    best product; then s.tokens tokens one by one, and the lower quartile of their times (with exit: the mean). The
+    floor is the time in which the device reads the weights that a token needs, each pass anew."""
     device, dtype = convert.pick_device(s.device, s.dtype)
     cuts = {"encoder_layers": s.encoder_layers, "decoder_layers": s.decoder_layers}
     model, tokenizer = convert.load(s.init, device, dtype, **cuts)
@@ -1098,16 +1098,19 @@ def measure_writing(s):
     block = torch.randn(2**27 if device.type == "cuda" else 2**26, device=device)
     bandwidth = block.nbytes / seconds(device, block.sum, 10)
     del block
+    product = best_product(device, dtype)
     name = f"cut {c.encoder_layers}, {c.reasoning_layers}, {c.decoder_layers}, {s.dtype}, batch {s.batch}, {device}"
-    print(f"{name}{', compiled' if s.compile else ''}; memory read at {bandwidth / 1e9:.1f} GB/s")
-    columns = f"{'passes':>8} {'prefill/s':>10} {'token s':>9} {'tokens/s':>9} {'floor s':>8} {'of floor':>9}"
+    reached = f"memory read at {bandwidth / 1e9:.1f} GB/s, best product {product / 1e12:.3f} TFLOP/s"
+    print(f"{name}{', compiled' if s.compile else ''}; {reached}")
+    columns = f"{'passes':>8} {'prefill/s':>10} {'of best':>8}"
+    columns += f" {'token s':>9} {'tokens/s':>9} {'floor s':>8} {'of floor':>9}"
     print(columns + (f" {'uncached s':>11}" if s.uncached else ""))
     torch.manual_seed(0)
     prompt = torch.randint(0, c.vocab_size, (s.batch, min(64, c.block_size // 2)), device=device)
     means = {}  # seconds per token
     for passes in DEPTHS:
-        _, means[passes] = writing_row(s, model, prompt, passes, Halt(threshold=2.0), bandwidth)
-    depth, means["exit"] = writing_row(s, model, prompt, 8, Halt(threshold=s.threshold), bandwidth)
+        _, means[passes] = writing_row(s, model, prompt, passes, Halt(threshold=2.0), bandwidth, product)
+    depth, means["exit"] = writing_row(s, model, prompt, 8, Halt(threshold=s.threshold), bandwidth, product)
     if depth < 7.9:
         saved = means[8] - means["exit"]
         promised = (8 - depth) * (means[8] - means[1]) / 7
@@ -1121,7 +1124,7 @@ def measure_writing(s):
         print(profile.key_averages().table(sort_by="self_cpu_time_total", row_limit=14, max_name_column_width=50))
 
 
-def writing_row(s, model, prompt, max_loops, halt, bandwidth):
+def writing_row(s, model, prompt, max_loops, halt, bandwidth, product):
     """Print one row. → mean passes and mean seconds per token."""
     device = prompt.device
     batch, length = prompt.shape
@@ -1131,12 +1134,15 @@ def writing_row(s, model, prompt, max_loops, halt, bandwidth):
     times, depths = write_tokens(model, prompt, s.tokens, max_loops, halt)
     depth = sum(depths) / len(depths)
     mean = sum(times) / len(times)
-    exits = halt.threshold <= 1
-    token = mean if exits else sorted(times)[len(times) // 4]
-    ends = bytes_of([*model.encoder, *model.decoder, model.lm_head])
-    floor = (ends + depth * bytes_of(model.reasoning)) / bandwidth
-    line = f"{f'{depth:.2f}' if exits else max_loops:>8} {batch * length / prefill:10.0f} {token:9.4f}"
-    line += f" {batch / token:9.1f} {floor:8.4f} {token / floor:9.2f}"
+    ends = bytes_of([*model.encoder, *model.decoder])
+    floor = (ends + bytes_of([model.lm_head]) + depth * bytes_of(model.reasoning)) / bandwidth
+    weights = (ends + max_loops * bytes_of(model.reasoning)) / model.wte.weight.element_size()
+    share = 2 * weights * batch * length / prefill / product
+    shown, token, share = max_loops, sorted(times)[len(times) // 4], f"{share:.1%}"
+    if halt.threshold <= 1:
+        shown, token, share = f"{depth:.2f}", mean, "-"  # nobody counts the passes of the prompt
+    line = f"{shown:>8} {batch * length / prefill:10.0f} {share:>8}"
+    line += f" {token:9.4f} {batch / token:9.1f} {floor:8.4f} {token / floor:9.2f}"
     if s.uncached:
         with torch.no_grad():
             line += f" {seconds(device, lambda: model(prompt, max_loops), 3):11.4f}"
@@ -1256,11 +1262,14 @@ def training_draws(s):
     return [[s.max_loops - 1]] + [[b] for b in range(s.max_loops)] * 2
 
 
-def measure_speed(s):
+def measure_speed(given):
+    s = Speed(**given)
     if not s.train:
+        refuse_others("speed without --train", given, WRITING_FLAGS)
         s.batch = s.batch or 1
         measure_writing(s)
         return
+    refuse_others("--train", given, TRAINING_FLAGS)
     s.batch = s.batch or 2
     if s.supervised > s.max_loops:
         raise InputError(f"--supervised={s.supervised} of --max_loops={s.max_loops}: expected K, 1 to B")
@@ -1270,20 +1279,23 @@ def measure_speed(s):
         compare_training(s)
 
 
-LOOP_FLAGS = {"max_loops", "halt", "threshold", "epsilon", "min_loops"}
+LOOP_FLAGS = {"dtype", "max_loops", "halt", "threshold", "epsilon", "min_loops"}
 TASK_FLAGS = {"tasks", "limit", "num_fewshot", "include_path"}
+CUT_FLAGS = {"task", "encoder_layers", "decoder_layers", "batch"}
+WRITING_FLAGS = CUT_FLAGS | {"dtype", "tokens", "threshold", "compile", "uncached", "data", "profile"}
+TRAINING_FLAGS = CUT_FLAGS | {"train", "way", "max_loops", "supervised", "context"}
 
 
 def refuse_others(way, given, taken):
     """Raises InputError if a flag was given that this way of measuring would ignore."""
-    others = given.keys() - taken - {"init", "device", "dtype"}
+    others = given.keys() - taken - {"init", "device"}
     if others:
         raise InputError(f"{way} takes no --{min(others)}: leave it out")
 
 
 def main():
     if re.search("--task[= ]speed", " ".join(sys.argv)):
-        return measure_speed(Speed(**convert.parse(Speed, "init")))
+        return measure_speed(convert.parse(Speed, "init"))
     given = convert.parse(Settings)
     s = Settings(**given)
     if s.figures:
@@ -1294,7 +1306,7 @@ def main():
         refuse_others("--tasks", given, LOOP_FLAGS | TASK_FLAGS | {"batch", "json"})
         return measure_tables(s)
     if s.task == "profile":
-        refuse_others("--task=profile", given, {"task"})
+        refuse_others("--task=profile", given, {"task", "dtype"})
         return measure_profile(s)
     refuse_others("the loss", given, LOOP_FLAGS | {"task", "data", "context", "tokens", "batch", "json"})
     measure_losses(s)

@@ -406,8 +406,8 @@ class LoopUS(nn.Module):
         halt = halt or Halt(threshold=threshold)
         draw = partial(sample, temperature=temperature, top_k=top_k, top_p=top_p, generator=generator)
         steps = list(self.stream(prompts, max_new_tokens, max_loops, halt, draw, ends))
-        steps = torch.tensor(steps, device=self.wte.weight.device)  # (max_new_tokens, B, 2)
-        tokens, depths = steps.permute(2, 1, 0)
+        steps = torch.tensor(steps, dtype=torch.long, device=self.wte.weight.device)
+        tokens, depths = steps.view(-1, len(prompts), 2).permute(2, 1, 0)  # (B, max_new_tokens) each
         if torch.is_tensor(idx):
             return torch.cat((idx, tokens), dim=1), depths
         return [[*prompt, *more] for prompt, more in zip(prompts, tokens.tolist())], depths

@@ -127,7 +127,7 @@ def test_speed_of_writing_and_training(command, checkpoint):
     code, out, err = command(evaluation, "--task=speed", model, "--tokens=8", *cuts)
     rows = [line.split() for line in out.splitlines()[2:6]]
     assert code == 0 and [row[0] for row in rows] == ["1", "2", "4", "8"], err
-    assert all(float(x) > 0 for row in rows for x in row[1:4])
+    assert all(float(x.removesuffix("%")) > 0 for row in rows for x in row[1:5])
     more = [f"--data={checkpoint[1]}", "--dtype=bf16", "--threshold=2", "--uncached"]
     code, out, err = command(evaluation, "--task=speed", model, "--tokens=8", *more, *cuts)
     assert code == 0 and out.count("held-out loss") == 5 and "uncached s" in out, err
@@ -843,6 +843,9 @@ def test_speed_refuses_and_ends_in_one_line(command, checkpoint, tmp_path):
     model = checkpoint[0]
     flags = ["--task=speed", model, "--train", "--context=8"]
     wrong(command(evaluation, *flags, "--supervised=9", "--way=fp32"), "--supervised=9 of --max_loops=4")
+    for flag in ("--compile", "--dtype=bf16", "--tokens=9", "--profile"):
+        wrong(command(evaluation, *flags, flag), f"--train takes no {flag.split('=')[0]}")
+    wrong(command(evaluation, *flags[:2], "--max_loops=2"), "speed without --train takes no --max_loops")
     code, out, err = command(evaluation, "--task", "speed", model, "--train", "--supervised=9")
     assert code == 1 and "--supervised=9 of --max_loops=4" in err
     arguments = [sys.executable, "eval.py", "--task=speed", str(tmp_path / "none"), "--train"]

@@ -335,6 +335,13 @@ def test_prompts_cuts_and_gate_starts_that_do_not_fit_are_refused(model):
             convert.load(GOLDEN / "gpt2", gate_start=start)
 
 
+def test_no_new_token_is_no_error(model):
+    idx = torch.zeros(2, 5, dtype=torch.long)
+    tokens, depths = model.generate(idx, 0)
+    assert torch.equal(tokens, idx) and depths.shape == (2, 0)
+    assert model.generate([[1], [2, 3]], 0)[0] == [[1], [2, 3]]
+
+
 def test_rotary_table_turns_by_position():
     at = random_model().positions([3], 2)
     x = torch.randn(1, 2, 1, 8)
