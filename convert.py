@@ -1217,6 +1217,7 @@ class Tokenizer:
     end_of_text   id between documents, or None
     ends          ids at which writing stops
     prefix        id to put before a text where something must stand there, or None
+    template      the Template of its conversations, or None
     InputError: the file, named `where`, contradicts itself or asks for something that is not supported.
     """
 
@@ -1238,6 +1239,7 @@ class Tokenizer:
         self.end_of_text = next((self.added[name] for name in ENDS if name in self.added), None)
         self.ends = {self.end_of_text} - {None}
         self.prefix = self.begin[0] if self.begin else self.end_of_text
+        self.template = None
 
     def read_added_tokens(self, nodes, where):
         """Read the "added_tokens" of a tokenizer.json, and list the bytes of all ids."""
@@ -1303,6 +1305,14 @@ class Tokenizer:
         for part, i in self.parts(text, plain):
             ids += self.bpe.encode(part) if i is None else [i]
         return ids
+
+    def encode_after(self, before, text):
+        """Text that follows other text → ids: without the space that some tokenizers put before all that they read."""
+        head = self.encode(before)
+        ids = self.encode(before + text)
+        if self.words("a") == ["a"] or ids[: len(head)] != head:
+            return self.encode(text)
+        return ids[len(head) :]
 
     def start(self, text):
         """Text → ids with `begin` in front, which a text may also bring along itself."""
@@ -1398,6 +1408,7 @@ def load_tokenizer(src):
     begin = stated_begin(directory, tokenizer)
     if not tokenizer.begin:
         tokenizer.prefix = tokenizer.end_of_text if begin is None else begin
+    tokenizer.template = find_template(directory, tokenizer)
     return tokenizer
 
 
@@ -1478,7 +1489,7 @@ def load_tokens(files, tokenizer):
         raise InputError("the model has no tokenizer.json: text cannot be read or written without one")
     if len(files) == 1 and is_token_file(files[0]):
         return map_tokens(files[0], tokenizer)
-    stamp = [tokenizer.spec, tokenizer.begin, tokenizer.end_of_text]
+    stamp = [tokenizer.spec, tokenizer.begin, tokenizer.end_of_text, tokenizer.template]
     for file in files:
         stamp.append((str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns))
     name = hashlib.sha256(repr(stamp).encode()).hexdigest()[:32]
@@ -1534,18 +1545,28 @@ def passages(path, tokenizer):
             yield Passage(np.asarray, tokens[start : start + (1 << 20)])
         return
     end = [] if tokenizer.end_of_text is None else [tokenizer.end_of_text]
-    for first, *others in read_documents(path):
-        if not others:
-            beginning, *pieces = tokenizer.pieces(first.text)
+    for segments in read_documents(path, tokenizer.template):
+        if len(segments) == 1:
+            beginning, *pieces = tokenizer.pieces(segments[0].text)
             yield Passage(tokenizer.start, beginning)
             for text in pieces:
                 yield Passage(tokenizer.encode, text)
             yield Passage(np.asarray, end)
         else:
-            ids = mark(tokenizer.start(first.text), first.learned)
-            for segment in others:
-                ids += mark(tokenizer.encode(segment.text), segment.learned)
+            ids = []
+            for segment, part in encoded(segments, tokenizer):
+                ids += mark(part, segment.learned)
             yield Passage(np.asarray, ids + mark(end, segment.learned))
+
+
+def encoded(segments, tokenizer):
+    """(Segment, ids) of each part of a document."""
+    first, *others = segments
+    yield first, tokenizer.start(first.text)
+    before = first.text
+    for segment in others:
+        yield segment, tokenizer.encode_after(before, segment.text)
+        before = segment.text
 
 
 def mark(ids, learned):
@@ -1560,8 +1581,9 @@ class Segment(NamedTuple):
     learned: bool
 
 
-def read_documents(path):
-    """The documents of a file, one by one, each as a list of Segments. Raises InputError naming file and line."""
+def read_documents(path, template):
+    """The documents of a file, one by one, each as a list of Segments; conversations are written as `template` says
+    (None: ChatML). Raises InputError naming file and line."""
     kind = path.suffix.lower()
     if kind == ".parquet":
         yield from read_parquet(path)
@@ -1573,7 +1595,7 @@ def read_documents(path):
     else:
         for number, record in read_records(path):
             try:
-                segments = document_of(record)
+                segments = document_of(record, template)
             except ValueError as e:
                 expected = 'expected a "text", "messages", or a "prompt" and its "completion"'
                 raise InputError(f"line {number} of {path} ({e!s:.80}): {expected}") from None
@@ -1592,15 +1614,15 @@ def read_records(path):
                     raise InputError(f"line {number} of {path} ({e!s:.80}): expected JSON in UTF-8") from None
 
 
-def document_of(record):
+def document_of(record, template):
     """The Segments of a line of .jsonl, none where its text is null. Raises ValueError for anything else.
 
-    "text": all of it is learned. "messages", each with a "role" and "content": written as ChatML, and only what the
-    assistant says is learned. "prompt" and "completion": only the completion is learned; either may be a list, whose
-    strings then alternate."""
+    "text": all of it is learned. "messages", each with a "role" and "content": written as the template says (None:
+    ChatML), and only what the assistant says is learned. "prompt" and "completion": only the completion is learned;
+    either may be a list, whose strings then alternate."""
     require(isinstance(record, dict), "no object")
     if record.get("messages") is not None:
-        return chat_segments(record["messages"])
+        return chat_segments(record["messages"], template)
     if record.get("prompt") is not None:
         return completion_segments(record["prompt"], record.get("completion"))
     has_known_key = not record.keys().isdisjoint(("text", "messages", "prompt"))
@@ -1638,26 +1660,27 @@ TEMPLATES = (
 
 def find_template(directory, tokenizer):
     """The Template of a checkpoint: the first whose special tokens the tokenizer has and, where tokenizer_config.json
-    holds a template, this one, too. Raises InputError where there is none."""
+    holds a template, this one, too. None where there is none."""
     path = directory / "tokenizer_config.json"
     stated = read_json(path).get("chat_template") if path.exists() else None
     for template in TEMPLATES:
         tokens = re.findall(r"<\|\w+\|>", "".join(template))
         if tokenizer.added.keys() >= set(tokens) and (not stated or all(token in str(stated) for token in tokens)):
             return template
-    raise InputError(f"{directory} has no chat template that we know (ChatML, Llama 3, Phi-4): take a model with one")
+    return None
 
 
-def chat_segments(messages):
+def chat_segments(messages, template):
     require(isinstance(messages, list), 'its "messages" are no list')
+    template = template or CHATML
     segments = []
     for message in messages:
         require(isinstance(message, dict), "a message is no object")
         role = string(message.get("role"), "role")
         content = string(message.get("content"), "content")
-        segments.append(Segment(CHATML.opening.format(role=role), False))
-        segments.append(Segment(content + CHATML.end, role == "assistant"))
-        segments.append(Segment(CHATML.after, False))
+        segments.append(Segment(template.opening.format(role=role), False))
+        segments.append(Segment(content + template.end, role == "assistant"))
+        segments.append(Segment(template.after, False))
     return segments
 
 

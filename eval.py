@@ -154,18 +154,18 @@ def read_answers(path, tokenizer, block_size):
     documents = []
     for number, record in convert.read_records(path):
         try:
-            segments = convert.document_of(record)
+            segments = convert.document_of(record, tokenizer.template)
         except ValueError as e:
             raise InputError(f'line {number} of {path} ({e!s:.80}): expected a "prompt" and its "completion"') from None
         if not segments:
             continue
-        ids = tokenizer.start(segments[0].text) or [tokenizer.prefix or 0]  # something must come before an answer
+        ids = []
         borders = []
-        for segment in segments[1:]:
-            start = len(ids)
-            ids += tokenizer.encode(segment.text)
+        for segment, part in convert.encoded(segments, tokenizer):
+            ids += part
             if segment.learned:
-                borders.append((start, len(ids)))
+                borders.append((len(ids) - len(part), len(ids)))
+            ids = ids or [tokenizer.prefix or 0]  # something must come before an answer
         kinds = record.get("kind")
         if not is_list_of_strings(kinds) or len(kinds) != len(borders):
             raise InputError(f'line {number} of {path}: expected as many strings in "kind" as completions')

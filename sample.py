@@ -105,13 +105,12 @@ class Conversation:
     cached      how many of all these tokens the cache holds
     """
 
-    def __init__(self, model, tokenizer, template, s):
+    def __init__(self, model, tokenizer, s):
         self.model = model
         self.tokenizer = tokenizer
-        self.template = template
         self.s = s
         self.draw = drawing(model, s)
-        self.ending = tokenizer.encode(template.end + template.after)
+        self.ending = tokenizer.encode(tokenizer.template.end + tokenizer.template.after)
         self.ends = tokenizer.ends | {self.ending[0]}
         self.beginning = list(tokenizer.begin)
         if s.system:
@@ -122,14 +121,14 @@ class Conversation:
 
     def message(self, role, content):
         """The tokens of a message. In its content, special tokens are plain text."""
-        return self.tokenizer.encode(self.template.opening.format(role=role), content) + self.ending
+        return self.tokenizer.encode(self.tokenizer.template.opening.format(role=role), content) + self.ending
 
     def tokens(self):
         return self.beginning + [token for turn in self.turns for token in turn]
 
     def ask(self, question):
         """Add a question to the conversation. Raises InputError where it is longer than the context."""
-        opening = self.template.opening.format(role="assistant")
+        opening = self.tokenizer.template.opening.format(role="assistant")
         asked = self.message("user", question) + self.tokenizer.encode(opening)
         context = self.model.config.block_size
         length = len(self.beginning) + len(asked)
@@ -173,9 +172,9 @@ class Conversation:
             yield [(token, depth[0, -1].item())]
 
 
-def chat(model, tokenizer, template, s):
+def chat(model, tokenizer, s):
     """Answer what is said, in one conversation."""
-    conversation = Conversation(model, tokenizer, template, s)
+    conversation = Conversation(model, tokenizer, s)
     print_legend(s)
     for question in inputs(s):
         try:
@@ -264,14 +263,15 @@ def main():
     model, tokenizer = convert.load(s.init, device, dtype)
     if tokenizer is None:
         raise InputError(f"{s.init or 'the model'} has no tokenizer.json: text cannot be read or written without one")
-    if s.chat:
-        template = convert.find_template(convert.resolve(s.init), tokenizer)
+    if s.chat and tokenizer.template is None:
+        problem = f"{s.init or 'the model'} has no chat template that we know"
+        raise InputError(f"{problem} (ChatML, Llama 3, Phi-4): take a model with one")
     if s.compile is None:
         s.compile = not s.trace and convert.pays_to_compile(model, s.max_new_tokens, s.max_loops)
     if s.compile:
         model = convert.try_to_compile(model)
     if s.chat:
-        return chat(model, tokenizer, template, s)
+        return chat(model, tokenizer, s)
     for prompt in inputs(s):
         if s.trace:
             trace(model, tokenizer, prompt, s)

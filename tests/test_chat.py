@@ -59,7 +59,7 @@ def chat_model(directory, name="smollm2", **overrides):
 def conversation(directory, **settings):
     model, tokenizer = convert.load(directory)
     s = sample.Settings(**dict(temperature=0.0, max_new_tokens=12, max_loops=4, threshold=0.52) | settings)
-    return sample.Conversation(model, tokenizer, convert.find_template(directory, tokenizer), s)
+    return sample.Conversation(model, tokenizer, s)
 
 
 @pytest.mark.parametrize("name", list(TALKS))
@@ -71,6 +71,19 @@ def test_the_tokens_are_those_of_the_template_encoded_whole(tmp_path, name):
     talk.turns = [talk.tokenizer.encode(first + reply)[len(talk.beginning) :]]
     talk.ask("(why) 2?")
     assert talk.tokens() == talk.tokenizer.encode(TALKS[name])
+
+
+@pytest.mark.parametrize("name", list(TALKS))
+def test_training_writes_conversations_in_the_same_template(tmp_path, name):
+    _, tokenizer = convert.load(chat_model(tmp_path / name, name))
+    text = TALKS[name].replace("What is it?", "(why) 2?")  # a vocabulary here has a token of a line break and a W
+    said = [("system", "Be brief."), ("user", "(why) 2?"), ("assistant", "A  sea."), ("user", "(why) 2?")]
+    path = tmp_path / "chats.jsonl"
+    path.write_text(json.dumps(dict(messages=[dict(role=role, content=content) for role, content in said])))
+    tokens = [int(i) for i in convert.load_tokens([path], tokenizer)]
+    whole = tokenizer.encode(text.removesuffix(tokenizer.template.opening.format(role="assistant")))
+    assert [i if i >= 0 else ~i for i in tokens][: len(whole)] == whole
+    assert tokenizer.decode([i for i in tokens if i >= 0]) == "A  sea." + tokenizer.template.end
 
 
 def test_special_tokens_that_are_typed_are_plain_text(tmp_path):

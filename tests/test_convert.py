@@ -883,6 +883,20 @@ def test_only_completions_are_learned(tmp_path):
     assert y[0, 3] == ord("4")
 
 
+@pytest.mark.parametrize("name", ["llama2", "qwen3", "prefixed"])
+def test_parts_of_a_document_have_the_ids_of_the_whole(tmp_path, name):
+    file = GOLDEN / "tokenizers" / f"{name.replace('prefixed', 'gpt2')}.json"
+    spec = json.loads(file.read_text(encoding="utf-8"))
+    if name == "prefixed":
+        spec["pre_tokenizer"]["add_prefix_space"] = True
+    tokenizer, path = convert.Tokenizer(spec), tmp_path / "parts.jsonl"
+    for prompt, completion in (("The sky is", " blue"), ("2+2=", "4"), ("x:", "\n\ny"), ("said:\n", "Hello you")):
+        path.write_text(json.dumps(dict(prompt=prompt, completion=completion)))
+        tokens = convert.load_tokens([path], tokenizer)
+        whole = tokenizer.start(prompt + completion)
+        assert np.where(tokens < 0, ~tokens, tokens)[: len(whole)].tolist() == whole
+
+
 @pytest.mark.parametrize(
     "data",
     [
