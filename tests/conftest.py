@@ -1,7 +1,12 @@
 """What the tests share: the golden checkpoints, small random models, and the five programs run as a user runs them."""
 
 import os
+import pty
+import select
+import subprocess
 import sys
+import time
+from functools import partial
 from pathlib import Path
 
 os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # before torch starts its threads: tests run beside others
@@ -96,3 +101,26 @@ def checkpoint(tmp_path):
     text = tmp_path / "text.txt"
     text.write_text((ROOT / "loopus.py").read_text(encoding="utf-8") * 2, encoding="utf-8")
     return tmp_path / "tiny", text
+
+
+def typed(arguments, answers):
+    """Run a program on a terminal of its own: answers[n] is typed once the n-th text before it was seen. → (exit code,
+    all that the terminal showed)"""
+    ours, theirs = pty.openpty()
+    terminal = partial(os.login_tty, theirs)  # Ctrl-C, too, comes from it
+    process = subprocess.Popen([sys.executable, *arguments], cwd=ROOT, preexec_fn=terminal, env=os.environ)
+    os.close(theirs)
+    seen = b""
+    waited_from = 0
+    deadline = time.time() + 60
+    while time.time() < deadline:
+        if select.select([ours], [], [], 0.2)[0]:
+            try:
+                seen += os.read(ours, 65536)
+            except OSError:
+                break
+        if answers and answers[0][0] in seen[waited_from:]:
+            waited_from = len(seen)
+            os.write(ours, answers.pop(0)[1])
+    os.close(ours)
+    return process.wait(10), seen.decode("utf-8", "replace")

@@ -2,17 +2,11 @@
 
 import io
 import json
-import os
-import pty
-import select
-import subprocess
 import sys
-import time
-from functools import partial
 
 import pytest
 import torch
-from conftest import GOLDEN, ROOT, random_model
+from conftest import GOLDEN, random_model, typed
 from test_commands import wrong
 
 import convert
@@ -208,29 +202,6 @@ def test_what_is_no_chat_is_refused_in_one_line(command, checkpoint, tmp_path):
     assert command(sample, *flags, "--chat")[0] == 0
     stated.write_text(json.dumps(dict(chat_template="[INST] {{content}} [/INST]")))  # though the tokens are there
     wrong(command(sample, *flags, "--chat"), "chat has no chat template that we know")
-
-
-def typed(arguments, answers):
-    """Run a program on a terminal of its own: answers[n] is typed once the n-th text before it was seen. → (exit code,
-    all that the terminal showed)"""
-    ours, theirs = pty.openpty()
-    terminal = partial(os.login_tty, theirs)  # Ctrl-C, too, comes from it
-    process = subprocess.Popen([sys.executable, *arguments], cwd=ROOT, preexec_fn=terminal, env=os.environ)
-    os.close(theirs)
-    seen = b""
-    waited_from = 0
-    deadline = time.time() + 60
-    while time.time() < deadline:
-        if select.select([ours], [], [], 0.2)[0]:
-            try:
-                seen += os.read(ours, 65536)
-            except OSError:
-                break
-        if answers and answers[0][0] in seen[waited_from:]:
-            waited_from = len(seen)
-            os.write(ours, answers.pop(0)[1])
-    os.close(ours)
-    return process.wait(10), seen.decode("utf-8", "replace")
 
 
 def test_a_chat_on_a_terminal(tmp_path):

@@ -4,9 +4,7 @@ import io
 import json
 import math
 import os
-import pty
 import random
-import select
 import shutil
 import signal
 import subprocess
@@ -17,7 +15,7 @@ from datetime import timedelta
 import numpy as np
 import pytest
 import torch
-from conftest import GOLDEN, ROOT, random_model
+from conftest import GOLDEN, ROOT, random_model, typed
 
 import convert
 import eval as evaluation
@@ -954,24 +952,10 @@ def test_a_space_that_the_tokenizer_puts_in_front_is_no_byte_of_the_text(command
 
 def test_sample_on_a_terminal_asks_and_tints(tmp_path):
     convert.save(random_model("gpt2"), convert.byte_tokenizer(), tmp_path / "tiny")
-    ours, theirs = pty.openpty()
-    arguments = [sys.executable, "sample.py", f"--init={tmp_path / 'tiny'}", "--max_new_tokens=20", "--max_loops=4"]
-    process = subprocess.Popen(arguments, cwd=ROOT, stdin=theirs, stdout=theirs, stderr=theirs, env=os.environ)
-    os.close(theirs)
-    seen, asked = b"", 0
-    deadline = time.time() + 60
-    while time.time() < deadline:
-        if select.select([ours], [], [], 0.2)[0]:
-            try:
-                seen += os.read(ours, 65536)
-            except OSError:
-                break
-        if seen.count(b"\n> ") > asked:
-            asked += 1
-            os.write(ours, [b"def f\n", b"class\n", b"\n"][asked - 1])
-    process.wait(10)
-    text = seen.decode("utf-8", "replace")
-    assert process.returncode == 0 and asked == 3
+    flags = [f"--init={tmp_path / 'tiny'}", "--max_new_tokens=20", "--max_loops=4"]
+    answers = [(b"\n> ", b"def f\n"), (b"\n> ", b"class\n"), (b"\n> ", b"\n")]
+    code, text = typed(["sample.py", *flags], answers)
+    assert code == 0 and not answers
     assert text.count("passes: ") == 2 and "\x1b[38;5;75m1\x1b[0m" in text and text.count("20 tokens,") == 2
 
 
