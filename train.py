@@ -682,7 +682,7 @@ def write_untrained(directory, context, seed):
     torch.manual_seed(convert.valid_seed(seed))
     tokenizer = list_tokenizer()
     gpt2 = dict(model_type="gpt2", architectures=["GPT2LMHeadModel"], layer_norm_epsilon=1e-5)
-    gpt2.update(vocab_size=tokenizer.n_vocab, n_positions=context, n_layer=4, n_embd=64, n_head=4, n_inner=128)
+    gpt2.update(vocab_size=tokenizer.n_vocab, n_positions=context, n_layer=4, n_embd=64, n_head=2, n_inner=128)
     _, values = convert.read_family(gpt2, directory)
     model = LoopUS(Config(**values))
     for name, p in model.named_parameters():
