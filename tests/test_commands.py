@@ -12,6 +12,7 @@ import sys
 import time
 from datetime import timedelta
 
+import list_sentences
 import numpy as np
 import pytest
 import torch
@@ -178,6 +179,20 @@ def test_list_documents_answer_what_their_chains_say(links):
                 content = holds[content]
                 steps += 1
             assert answer == f" {content}" and kind == f"{steps} links" and content in train.VALUES
+
+
+@pytest.mark.parametrize("links", [2, 3, 4])
+def test_sentences_answer_what_their_chains_say(links):
+    document = list_sentences.document(np.random.default_rng(links), links)
+    said = document["prompt"][0].split(".")
+    follows = dict(sentence.replace(" holds ", " asks ").strip().split(" asks ") for sentence in said[:-1])
+    assert set(follows) == set(list_sentences.PEOPLE)
+    prompts = [said[-1], *document["prompt"][1:]]
+    for prompt, completion, kind in zip(prompts, document["completion"], document["kind"]):
+        place, steps = prompt.strip(". :"), 0
+        while place in follows:
+            place, steps = follows[place], steps + 1
+        assert completion == f" {place}" and kind == f"{steps} links"
 
 
 def test_list_documents_are_windows_of_training_and_only_answers_are_learned(tmp_path):
