@@ -700,7 +700,7 @@ def write_untrained(directory, context, seed):
 def list_trainings(out, given):
     """Write the documents and the untrained model to `out`, unless they are there. → the Settings of three trainings,
     with the flags that were `given`: the base on short chains; the loop, made of it, on long ones; and the unlooped
-    control on the same ones, for twice as many steps."""
+    control on the same ones, for as many steps."""
     context = len(SLOTS) + 2 * QUESTIONS + 1  # one document and its end
     short, long, held_out = (out / f"{name}.jsonl" for name in ("short", "long", "held_out"))
     write_lists(short, 20_000, [1, 2], 1)
@@ -717,7 +717,7 @@ def list_trainings(out, given):
         write_untrained(untrained, context, s.seed)
     base = replace(s, init=str(untrained), out=str(out / "base"), data=str(short), objective="lm")
     loop = replace(s, init=str(last_checkpoint(base)), out=str(out / "loop"))
-    control = replace(loop, out=str(out / "control"), objective="lm", steps=2 * s.steps)
+    control = replace(loop, out=str(out / "control"), objective="lm")
     return base, loop, control
 
 
@@ -738,7 +738,7 @@ def story(given):
     base, loop, control = list_trainings(out, given)
     stage("1/3 pretrain a small model on chains of 1 and 2 links", base)
     stage("2/3 recast it and train the loop on chains of 3, 4 and 8 links", loop)
-    stage("3/3 train the unlooped model on the same chains, for twice as many steps", control)
+    stage("3/3 train the unlooped model on the same chains, for as many steps", control)
     convert.remember(last_checkpoint(loop))  # also where the loop was done before
     show_story(last_checkpoint(base), last_checkpoint(control), last_checkpoint(loop), device, Path(loop.val))
     print(f"\nThat took {(time.time() - begun) / 60:.1f} minutes. Now ask it, or watch its answer form pass by pass:")

@@ -140,7 +140,7 @@ def test_default_run_in_small_and_again_when_done(command, tmp_path):
     arguments = ["--steps=2", f"--out={tmp_path / 'story'}"]
     code, out, err = command(train, *arguments)
     assert code == 0, err
-    assert (tmp_path / "story" / "control" / "step-0000004" / "model.safetensors").exists()
+    assert (tmp_path / "story" / "control" / "step-0000002" / "model.safetensors").exists()
     table = out.split("share of right answers")[1].splitlines()[1:11]
     assert table[0].split() == ["base", "control", "1", "2", "4", "8", "exit", "passes"]
     assert [line.split()[0] for line in table[1:]] == [*"12345678", "mean"]
