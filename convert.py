@@ -1233,6 +1233,7 @@ class Tokenizer:
         self.bpe = BPE(spec["model"], "ByteLevel" in kinds, steps[-1], where)
         self.read_added_tokens(spec.get("added_tokens") or [], where)
         self.puts_space = self.words("a") == [f"{SPACE}a"]
+        self.changes_beginnings = self.words("a") != ["a"]
         self.begin = read_begin(spec.get("post_processor"), where)
         known = set(range(self.n_vocab))
         expect(known.issuperset(self.begin), where, "post_processor: what it puts first", self.begin, "known ids")
@@ -1308,9 +1309,11 @@ class Tokenizer:
 
     def encode_after(self, before, text):
         """Text that follows other text → ids: without the space that some tokenizers put before all that they read."""
+        if not self.changes_beginnings:
+            return self.encode(text)
         head = self.encode(before)
         ids = self.encode(before + text)
-        if self.words("a") == ["a"] or ids[: len(head)] != head:
+        if ids[: len(head)] != head:
             return self.encode(text)
         return ids[len(head) :]
 

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from datetime import timedelta
+from functools import partial
 
 import list_sentences
 import numpy as np
@@ -33,6 +34,9 @@ SMALL = [
     "--supervised=2",
     "--eval_tokens=256",
 ]
+
+
+slow = partial(pytest.param, marks=pytest.mark.slow)
 
 
 def trained(command, checkpoint, out):
@@ -81,7 +85,7 @@ def test_trace_marks_where_the_halting_rule_stops(command, checkpoint):
 def test_halting_rules_on_the_command_line(command, checkpoint):
     directory, text = checkpoint
     looped, greedy = f"--init={directory}", ["--prompt=def ", "--max_new_tokens=5", "--temperature=0"]
-    code, _, line = command(sample, looped, *greedy, "--compile", "--dtype=fp32", "--threshold=2", "--max_loops=3")
+    code, _, line = command(sample, looped, *greedy, "--dtype=fp32", "--threshold=2", "--max_loops=3")
     assert code == 0 and "3.00 passes each" in line
     for rule in (["--halt=convergence", "--epsilon=1e9"], ["--halt=cdf", "--threshold=0"]):
         code, _, line = command(sample, looped, *greedy, "--dtype=fp32", *rule, "--min_loops=2", "--max_loops=4")
@@ -89,6 +93,14 @@ def test_halting_rules_on_the_command_line(command, checkpoint):
         code, out, _ = command(evaluation, looped, f"--data={text}", "--context=32", "--tokens=64", *rule, "--json")
         report = json.loads(out)
         assert code == 0 and report["rule"] == rule[0].split("=")[1] and report["exit"]["mean_passes"] == 1
+
+
+@pytest.mark.slow
+def test_compiled_text_is_the_same(command, checkpoint):
+    flags = [f"--init={checkpoint[0]}", "--prompt=def ", "--max_new_tokens=12", "--temperature=0", "--dtype=fp32"]
+    code, expected, _ = command(sample, *flags)
+    assert code == 0
+    assert command(sample, *flags, "--compile")[:2] == (0, expected)
 
 
 def test_depth_losses_exit_and_ece_agree_with_plain_sums(checkpoint):
@@ -621,7 +633,7 @@ def test_output_that_is_not_utf8_shows_question_marks(checkpoint, program, flags
     assert ended.returncode == 0 and b"?" in ended.stdout and not ended.stderr, ended.stderr
 
 
-@pytest.mark.parametrize("closed", ["<&-", ">&-", "2>&-", "<&- >&- 2>&-"])
+@pytest.mark.parametrize("closed", [slow("<&-"), slow(">&-"), slow("2>&-"), "<&- >&- 2>&-"])
 def test_closed_standard_streams(checkpoint, tmp_path, closed):
     arguments = f"{sys.executable} convert.py {checkpoint[0]} {tmp_path / 'out'} --profile {closed}"
     ended = subprocess.run(["bash", "-c", arguments], cwd=ROOT, env=os.environ, capture_output=True, text=True)

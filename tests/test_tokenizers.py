@@ -1,6 +1,7 @@
 """Tokenizers: the ids of the tokenizers library, or a refusal that says why; where texts begin and end."""
 
 import json
+from functools import partial
 
 import pytest
 from conftest import GOLDEN, ROOT, random_model
@@ -153,7 +154,10 @@ def test_pieces_are_not_cut_within_an_added_token():
         assert sum(map(tokenizer.encode, pieces), []) == tokenizer.encode(text)
 
 
-@pytest.mark.parametrize("gap", [" ", "\n", "\t", "\r\n", "中"])
+slow = partial(pytest.param, marks=pytest.mark.slow)
+
+
+@pytest.mark.parametrize("gap", [" ", slow("\n"), slow("\t"), slow("\r\n"), slow("中")])
 def test_a_million_characters_without_a_word(gap):
     """tiktoken's regex panics at such a run of spaces."""
     tokenizer = convert.byte_tokenizer()
