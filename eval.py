@@ -162,9 +162,10 @@ def read_answers(path, tokenizer, block_size):
         ids = []
         borders = []
         for segment, part in convert.encoded(segments, tokenizer):
+            start = len(ids)
             ids += part
-            if segment.learned:
-                borders.append((len(ids) - len(part), len(ids)))
+            if segment.learned and start > 0:  # nothing comes before a "text", so it is no answer
+                borders.append((start, len(ids)))
             ids = ids or [tokenizer.prefix or 0]  # something must come before an answer
         kinds = record.get("kind")
         if not is_list_of_strings(kinds) or len(kinds) != len(borders):

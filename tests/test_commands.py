@@ -832,6 +832,7 @@ def test_text_in_which_no_sequence_has_anything_to_learn(command, checkpoint, tm
         ('{"prompt": "a", "completion": "b", "kind": "x"}', 'strings in "kind"'),
         ('{"text": "a"}', 'strings in "kind"'),
         ('{"prompt": "%s", "completion": "b", "kind": ["x"]}' % ("a" * 1000), "1001 tokens do not fit"),
+        ('{"text": "ab", "kind": ["x"]}', "as many strings"),
     ],
 )
 def test_answers_that_cannot_be_read_are_named_with_their_line(tmp_path, line, problem):
