@@ -34,7 +34,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from loopus import RULES, Config, Halt, InputError, LoopUS, attend
+from loopus import RULES, Config, Halt, InputError, LoopUS, Positions, attend
 
 
 # ---- Families of models and their config.json
@@ -1976,7 +1976,7 @@ def pick_device(name, dtype):
         raise InputError(f"--device={name} is not available: expected cpu, cuda or mps")
     if dtype:
         return device, DTYPES[dtype]
-    native_bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported()
+    native_bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
     if device.type == "cpu" and hasattr(torch.cpu, "_is_avx512_bf16_supported"):
         native_bf16 = torch.cpu._is_avx512_bf16_supported()
     if native_bf16:
@@ -2073,6 +2073,55 @@ def compile_step(model):
         compiled = torch.compile(block.forward, dynamic=True, options=options)
         block.forward = partial(compiled_for_one_token, block.forward, compiled)
     model.lm_head.compile(dynamic=True, options=options)
+    record_step(model)
+
+
+class Recorded:
+    """On a GPU, a part of the model, called as plain(x, at, cache): what it does for one token of each text is recorded
+    once for each cache, as a CUDA graph, and then started as a whole. Its kernels run for a few microseconds each, and
+    starting them one by one takes longer."""
+
+    recording = False  # one part calls another
+
+    def __init__(self, plain):
+        self.plain = plain
+        self.graphs = {}
+
+    def __call__(self, x, at=None, cache=None):
+        if Recorded.recording or cache is None or x.size(1) > 1:
+            return self.plain(x, at, cache)
+        which = (cache.data_ptr(), cache.shape, x.shape)
+        if which not in self.graphs:
+            if len(self.graphs) >= 128:  # most of them are of caches that are gone
+                self.graphs.clear()
+            result, self.graphs[which] = self.record(x, at, cache)
+            return result
+        graph, places, output = self.graphs[which]
+        for place, value in zip(places, (x, *at)):
+            if value is not None:
+                place.copy_(value)
+        graph.replay()
+        return output.clone()
+
+    def record(self, x, at, cache):
+        """→ the result, and for the next time the graph, the places from which it reads x and `at`, and its output."""
+        Recorded.recording = True
+        try:
+            result = self.plain(x, at, cache)  # compiles what is to be compiled
+            places = [value if value is None else value.clone() for value in (x, *at)]
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                output = self.plain(places[0], Positions(*places[1:]), cache)
+        finally:
+            Recorded.recording = False
+        return result, (graph, places, output)
+
+
+def record_step(model):
+    """On a GPU, record what one token of each text runs through when it is written, in place."""
+    if model.wte.weight.device.type == "cuda":
+        for name in ("encode", "propose", "refine", "decode"):
+            setattr(model, name, Recorded(getattr(model, name)))
 
 
 def compiled_for_one_token(plain, compiled, x, at, kv=None):

@@ -1047,7 +1047,7 @@ class Speed:
     threshold: float = flag(0.6, "confidence at which a token stops in the row of exit")
     encoder_layers: int = flag(-1, "layers before the loop; -1: as the checkpoint says")
     decoder_layers: int = flag(-1, "layers after the loop; -1: as the checkpoint says")
-    compile: bool = flag(False, "compile the step of a token")
+    compile: bool = flag(None, "compile the step of a token; without this flag and without --no-compile, as sample.py")
     uncached: bool = flag(False, "also without a cache: the whole text for each token")
     data: str = flag("", "held-out text: also the losses of 4,096 tokens, against those of fp32")
     profile: bool = flag(False, "where the time of a token of 8 passes goes")
@@ -1096,8 +1096,13 @@ def measure_writing(s):
     model, tokenizer = convert.load(s.init, device, dtype, **cuts)
     if s.data:
         compare_with_fp32(s, model, tokenizer, cuts)
+    way = "plain"
     if s.compile:
         convert.compile_step(model)
+        way = "compiled"
+    elif s.compile is None and device.type == "cuda":
+        convert.record_step(model)
+        way = "recorded"
     c = model.config
     block = torch.randn(2**27 if device.type == "cuda" else 2**26, device=device)
     bandwidth = block.nbytes / seconds(device, block.sum, 10)
@@ -1105,7 +1110,7 @@ def measure_writing(s):
     product = best_product(device, dtype)
     name = f"cut {c.encoder_layers}, {c.reasoning_layers}, {c.decoder_layers}, {s.dtype}, batch {s.batch}, {device}"
     reached = f"memory read at {bandwidth / 1e9:.1f} GB/s, best product {product / 1e12:.3f} TFLOP/s"
-    print(f"{name}{', compiled' if s.compile else ''}; {reached}")
+    print(f"{name}, {way}; {reached}")
     columns = f"{'passes':>8} {'prefill/s':>10} {'of best':>8}"
     columns += f" {'token s':>9} {'tokens/s':>9} {'floor s':>8} {'of floor':>9}"
     print(columns + (f" {'uncached s':>11}" if s.uncached else ""))

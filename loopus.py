@@ -98,17 +98,18 @@ def rotate(x, cos, sin):
     rest = x[..., 2 * half :]
     y1 = x1 * cos - x2 * sin
     y2 = x2 * cos + x1 * sin
-    turned = torch.cat((y1, y2, rest), dim=-1)
-    return turned.type_as(x)
+    return torch.cat((y1, y2, rest), dim=-1).type_as(x)
 
 
 def update_cache(kv, k, v, at):
-    """Put k, v (B, T, m, hd) of running tokens into kv (2, texts, S, m, hd). → all of these texts, (B, S, m, hd)."""
+    """Put k, v (B, T, m, hd) of running tokens into kv (2, texts, S, m, hd). → all that these texts may see."""
     place = (slice(None), at.rows[:, None], at.position)
     running = at.running[..., None, None]
     kv[place] = torch.where(running, torch.stack((k, v)), kv[place])
     if len(at.rows) < kv.size(1):
         kv = kv[:, at.rows]
+    if at.mask is None:  # whole prompts: nothing else is there
+        kv = kv[:, :, : k.size(1)]
     return kv
 
 
@@ -154,8 +155,7 @@ class Block(nn.Module):
         if kv is not None:
             k, v = update_cache(kv, k, v, at)
         y = self.attend(q, k, v, at.mask)  # (B, T, n, hd)
-        y = y.reshape(B, T, n * hd)
-        return self.out(y)
+        return self.out(y.reshape(B, T, n * hd))
 
     def mlp(self, x):
         x = self.up(x)
@@ -186,8 +186,7 @@ class SelectiveGate(nn.Module):
         """A number: α of every channel; the untrained model is then an exact damped iteration of the pretrained block.
         "s4d": the authors' start, as in Mamba; a tenth of its channels have α < 1e-7 for good."""
         if self.start == "s4d":
-            bound = self.up.in_features**-0.5
-            self.up.weight.uniform_(-bound, bound)
+            self.up.reset_parameters()
             self.A_log.copy_(torch.arange(1, len(self.A_log) + 1).log())
             log_step = torch.empty_like(self.up.bias).uniform_(-6.9078, -2.3026)
             step_size = log_step.exp()  # log-uniform in [1e-3, 0.1]
@@ -202,7 +201,7 @@ class SelectiveGate(nn.Module):
     def alpha(self, delta):
         """α (B, T, C) in (0, 1) of the proposed change δ (B, T, C)."""
         step_size = F.softplus(precise(self.up(self.down(delta))))  # Δ, Eq. 3
-        A = -torch.exp(precise(self.A_log))
+        A = -precise(self.A_log).exp()
         return torch.exp(step_size * A).type_as(delta)  # Eq. 4
 
     def forward(self, proposed, h):
@@ -235,8 +234,7 @@ class Halt(NamedTuple):
 class LoopUS(nn.Module):
     def __init__(self, config):
         super().__init__()
-        c = config
-        self.config = c
+        self.config = c = config
         self.wte = nn.Embedding.from_pretrained(torch.empty(c.vocab_size, c.n_embd), freeze=False)  # not drawn
         if c.rotary is None:
             self.wpe = nn.Embedding.from_pretrained(torch.empty(c.block_size, c.n_embd), freeze=False)
@@ -253,12 +251,12 @@ class LoopUS(nn.Module):
         """Start what no pretrained model has: the gate, and the confidence head at q = 0.5 everywhere."""
         self.gate.reset_parameters()
         self.q_head[0].reset_parameters()
-        nn.init.zeros_(self.q_head[1].weight)
-        nn.init.zeros_(self.q_head[1].bias)
+        for p in self.q_head[1].parameters():
+            p.zero_()
 
     def layers(self):
         """All layers in the pretrained model's order."""
-        return [*self.encoder, *self.reasoning, *self.decoder]
+        return self.encoder + self.reasoning + self.decoder
 
     def positions(self, starts, T):
         """The Positions of T tokens of each text, from `starts` (B ints) on. InputError: beyond the model's context."""
@@ -305,8 +303,10 @@ class LoopUS(nn.Module):
         return self.q_head(h).squeeze(-1)
 
     def decode(self, h, at=None, cache=None):
-        """D: state (B, T, C) → logits (B, T, V)."""
+        """D: state (B, T, C) → logits (B, T, V); with a cache those of the last token alone, (B, 1, V)."""
         h = self.run(self.decoder, h, at, cache)
+        if cache is not None:
+            h = h[:, -1:]
         return self.lm_head(self.norm(h))
 
     def forward(self, idx, loops):
@@ -339,6 +339,8 @@ class LoopUS(nn.Module):
         rows = torch.tensor(rows or range(len(starts)), device=idx.device)
         at = self.positions(starts, idx.size(1))
         at = at.in_cache(rows, S=cache[0].size(3))
+        if idx.size(1) > 1 and max(starts) == 0:  # whole prompts need no mask
+            at = at._replace(mask=None)
         place = (slice(None), slice(None), rows[:, None], at.position)
         h = self.encode(idx, at, cache[0])
         if max_loops == 0:
@@ -355,13 +357,11 @@ class LoopUS(nn.Module):
             part = [field if field is None else field[texts] for field in at._replace(running=running)]
             refined = self.refine(h[texts], Positions(*part), cache[b])
             h_before = h
-            h = h.index_copy(0, texts, refined)
-            h = torch.where(running[..., None], h, h_before)
+            h = torch.where(running[..., None], h.index_copy(0, texts, refined), h)
             depth += running
             stop, log_doubt = halt.stops(self, b, h_before, h, log_doubt)
             running = running & ~stop
-        h = self.run(self.decoder, h, at, cache[-1])
-        return self.lm_head(self.norm(h[:, -1])), depth
+        return self.decode(h, at, cache[-1]).squeeze(1), depth
 
     @torch.no_grad()
     def stream(self, prompts, max_new_tokens, max_loops, halt, draw, ends=()):
@@ -369,7 +369,7 @@ class LoopUS(nn.Module):
         tokens (B,). After a token of `ends` a text rests: that token is yielded again, with depth 0. When the context
         is full, the newest half of a text runs again from position 0. InputError: a prompt is empty or too long."""
         texts = [list(prompt) for prompt in prompts]
-        if not texts or not all(texts):
+        if not texts or [] in texts:
             raise InputError("a prompt is empty: give at least one token")
         size = min(self.config.block_size, max(map(len, texts)) + max_new_tokens)
         cache = self.new_cache(len(texts), size, max_loops)

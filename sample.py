@@ -266,8 +266,9 @@ def main():
     if s.chat and tokenizer.template is None:
         problem = f"{s.init or 'the model'} has no chat template that we know"
         raise InputError(f"{problem} (ChatML, Llama 3, Phi-4): take a model with one")
-    if s.compile is None:
-        s.compile = not s.trace and convert.pays_to_compile(model, s.max_new_tokens, s.max_loops)
+    if s.compile is None and not s.trace:
+        s.compile = convert.pays_to_compile(model, s.max_new_tokens, s.max_loops)
+        convert.record_step(model)
     if s.compile:
         model = convert.try_to_compile(model)
     if s.chat:

@@ -178,7 +178,8 @@ def test_ctrl_c_stops_a_reply_but_not_the_chat(command, tmp_path, monkeypatch):
         return refine(model, *arguments)
 
     monkeypatch.setattr(sample.loopus.LoopUS, "refine", interrupted)
-    flags = ["--chat", "--temperature=0", "--max_new_tokens=5", "--max_loops=3", "--threshold=2", "--dtype=fp32"]
+    flags = ["--chat", "--temperature=0", "--max_new_tokens=5", "--max_loops=3", "--threshold=2"]
+    flags += ["--dtype=fp32", "--device=cpu"]  # on a GPU, passes that are recorded would count, too
     piped(monkeypatch, b"What is it?\nAnd why?\n")
     code, out, err = command(sample, f"--init={directory}", *flags)
     assert code == 0 and "2 tokens, " in err and err.count("tokens/s") == 2, err

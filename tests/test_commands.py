@@ -134,7 +134,7 @@ def test_depth_losses_exit_and_ece_agree_with_plain_sums(checkpoint):
 
 
 def test_speed_of_writing_and_training(command, checkpoint):
-    model, cuts = checkpoint[0], ["--encoder_layers=1", "--decoder_layers=1"]
+    model, cuts = checkpoint[0], ["--encoder_layers=1", "--decoder_layers=1", "--device=cpu"]
     code, out, err = command(evaluation, "--task=speed", model, "--tokens=8", *cuts)
     rows = [line.split() for line in out.splitlines()[2:6]]
     assert code == 0 and [row[0] for row in rows] == ["1", "2", "4", "8"], err
@@ -252,14 +252,14 @@ def test_profile_and_conversion(command, checkpoint, tmp_path):
     ]
     rule = convert.choose_cuts(torch.tensor([float(row.split()[3]) for row in rows]))
     assert out.splitlines()[6:] == [f"by the rule: encoder {rule[0]}, decoder {rule[1]}; taken: 1, 1"]
-    code, out, _ = command(evaluation, "--task=profile", f"--init={directory}")
+    code, out, _ = command(evaluation, "--task=profile", f"--init={directory}", "--dtype=fp32")
     cuts = [line.split()[1:3] for line in out.splitlines() if line.startswith("cut ")]
     assert code == 0 and len(cuts) >= 3 and "layer  4" in out and "the model itself" in out
     model, tokenizer = convert.load(directory, encoder_layers=int(cuts[1][0][:-1]), decoder_layers=int(cuts[1][1]))
     idx = convert.sample_text(model, tokenizer)
     expected = evaluation.depth_losses(model, (idx[:, :-1], idx[:, 1:]), [1, 8], 1)
     row = [line for line in out.splitlines() if line.startswith("cut ")][1].split()[3:]
-    assert float(row[0]) == round(expected[1], 3) and float(row[3]) == round(expected[8], 3)
+    assert [float(row[0]), float(row[3])] == pytest.approx([expected[1], expected[8]], abs=1e-3)
     code, out, _ = command(convert, directory, tmp_path / "looped", "--encoder_layers=2", "--decoder_layers=1")
     assert code == 0 and "looped: 2 + 2 + 1 layers" in out
     model, _ = convert.load(tmp_path / "looped")
@@ -891,7 +891,7 @@ def test_an_unfinished_file_of_lists_is_written_again(tmp_path, monkeypatch):
     write_document = train.list_document
     monkeypatch.setattr(train, "list_document", lambda chance, links: links > 2 or write_document(chance, links))
     monkeypatch.setattr(train.json, "dumps", lambda document: document[:1])  # True has no first character
-    with pytest.raises(TypeError):
+    with pytest.raises((TypeError, KeyError)):  # the latter from Python 3.12 on
         train.write_lists(tmp_path / "lists.jsonl", 4, [1, 3], 0)
     monkeypatch.undo()
     train.write_lists(tmp_path / "lists.jsonl", 4, [1, 3], 0)
@@ -1006,7 +1006,7 @@ def test_writing_is_compiled_where_it_pays_and_a_compiler_is_there(command, chec
     assert not convert.pays_to_compile(model, 200, 1) and not convert.pays_to_compile(model.to("meta"), 200, 8)
     compiled = []
     monkeypatch.setattr(convert, "try_to_compile", lambda model: compiled.append(1) or model)
-    flags = [f"--init={checkpoint[0]}", "--prompt=def ", "--max_new_tokens=4", "--dtype=fp32"]
+    flags = [f"--init={checkpoint[0]}", "--prompt=def ", "--max_new_tokens=4", "--dtype=fp32", "--device=cpu"]
     monkeypatch.setattr(convert, "MUCH_TO_READ", 1)
     code, text, _ = command(sample, *flags)
     assert code == 0 and len(compiled) == 1

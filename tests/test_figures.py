@@ -14,7 +14,7 @@ import loopus
 import train
 from loopus import RULES, Halt
 
-FLAGS = ("--max_loops=3", "--context=24", "--tokens=96", "--batch=2")
+FLAGS = ("--max_loops=3", "--context=24", "--tokens=96", "--batch=2", "--dtype=fp32")
 
 
 @pytest.fixture

@@ -1,5 +1,6 @@
 """The model: the pretrained layers, the gate, the loop, caches and early exit (SPEC of the paper: §3.1, App. E)."""
 
+import copy
 import math
 import random
 
@@ -232,6 +233,27 @@ def test_compiled_early_exit_is_the_definition_and_compiles_once(shape, more):
             eager = model.generate(prompts, 20, 6, 0.52, temperature=0)
         assert compiled[0] == eager[0] and torch.equal(compiled[1], eager[1])
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] <= 6  # one text, some, some of those in the cache
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("cut", [(1, 1), (0, 0)])
+def test_recorded_text_is_the_same(model, cut):
+    convert.cut(model.cuda(), *cut)
+    plain, recorded = model, copy.deepcopy(model)
+    convert.record_step(recorded)
+    idx = torch.randint(0, 257, (3, 21), device="cuda")
+    prompts = [idx[0, :3].tolist(), idx[1].tolist(), idx[2, 9:12].tolist()]
+    for passes, threshold in ((6, 2.0), (6, 0.52), (0, 2.0), (2, 2.0)):
+        for _ in range(2):  # the second time from graphs of a cache that is gone, or anew
+            expected = plain.generate(prompts, 20, passes, threshold, temperature=0)
+            found = recorded.generate(prompts, 20, passes, threshold, temperature=0)
+            assert found[0] == expected[0] and torch.equal(found[1], expected[1]), (passes, threshold)
+    assert len(recorded.refine.graphs) > 8 and recorded.decode.graphs and recorded.encode.graphs
+    assert len(recorded.propose.graphs) > 0  # of 0 passes
+    recorded.refine.graphs.update({i: None for i in range(128)})  # as after many caches
+    again = recorded.generate(idx[:2, :3], 7, 2, 2.0, temperature=0)[0]
+    assert torch.equal(again, plain.generate(idx[:2, :3], 7, 2, 2.0, temperature=0)[0])
+    assert len(recorded.refine.graphs) <= 2
 
 
 @torch.no_grad()

@@ -318,11 +318,11 @@ def test_a_gate_start_that_is_given_starts_the_gate_of_a_checkpoint_anew(checkpo
     control = train.train(small_run(checkpoint, tmp_path / "control", dtype="fp32", objective="lm", steps=1))
     for start, alpha in (("", 0.5), ("0.25", 0.25)):
         s = small_run(checkpoint, tmp_path / f"loop-{start}", dtype="fp32", init=str(control), gate_start=start)
-        gate = train.setup(s).model.gate
+        gate = train.setup(s).model.gate.cpu()
         assert torch.allclose(gate.alpha(torch.randn(1, 2, 32)), torch.tensor(alpha))
     s = replace(s, steps=1)
     trained, _ = convert.load(train.train(s))
-    resumed = train.setup(replace(s, resume=True)).model  # which is no start
+    resumed = train.setup(replace(s, resume=True)).model.cpu()  # which is no start
     assert torch.equal(trained.gate.up.bias, resumed.gate.up.bias)
 
 
