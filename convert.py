@@ -1241,6 +1241,7 @@ class Tokenizer:
         self.ends = {self.end_of_text} - {None}
         self.prefix = self.begin[0] if self.begin else self.end_of_text
         self.template = None
+        self.encode_again = lru_cache(maxsize=1 << 12)(self.encode)  # for short texts that return, such as answers
 
     def read_added_tokens(self, nodes, where):
         """Read the "added_tokens" of a tokenizer.json, and list the bytes of all ids."""
@@ -1310,6 +1311,8 @@ class Tokenizer:
     def encode_after(self, before, text):
         """Text that follows other text → ids: without the space that some tokenizers put before all that they read."""
         if not self.changes_beginnings:
+            if len(text) <= 32:
+                return list(self.encode_again(text))
             return self.encode(text)
         head = self.encode(before)
         ids = self.encode(before + text)

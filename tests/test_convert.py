@@ -895,6 +895,11 @@ def test_parts_of_a_document_have_the_ids_of_the_whole(tmp_path, name):
         tokens = convert.load_tokens([path], tokenizer)
         whole = tokenizer.start(prompt + completion)
         assert np.where(tokens < 0, ~tokens, tokens)[: len(whole)].tolist() == whole
+    for text in (" blue", " blue" * 20):  # what a caller does to the ids of a part changes no other part
+        first = tokenizer.encode_after("The sky is", text)
+        before = list(first)
+        first.clear()
+        assert tokenizer.encode_after("The sky is", text) == before != []
 
 
 @pytest.mark.parametrize(
