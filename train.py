@@ -704,10 +704,10 @@ def list_trainings(out, given):
     context = len(SLOTS) + 2 * QUESTIONS + 1  # one document and its end
     short, long, held_out = (out / f"{name}.jsonl" for name in ("short", "long", "held_out"))
     write_lists(short, 20_000, [1, 2], 1)
-    write_lists(long, 45_000, [3, 4, 8], 2)
+    write_lists(long, 40_000, [3, 4, 8], 2)
     write_lists(held_out, 300, [8], 3)
     defaults = dict(
-        data=str(long), val=str(held_out), batch=64, accumulate=1, context=context, steps=700, lr=2e-3, new_lr=1.0,
+        data=str(long), val=str(held_out), batch=64, accumulate=1, context=context, steps=600, lr=2e-3, new_lr=1.0,
         warmup=50, max_loops=8, supervised=1, through=8, trains="all", encoder_layers=1, decoder_layers=1,
         log_every=50, eval_every=10**9, eval_tokens=4096, dtype="fp32",
     )  # fmt: skip
