@@ -1241,7 +1241,7 @@ class Tokenizer:
         self.ends = {self.end_of_text} - {None}
         self.prefix = self.begin[0] if self.begin else self.end_of_text
         self.template = None
-        self.encode_again = lru_cache(maxsize=1 << 12)(self.encode)  # for short texts that return, such as answers
+        self.encode_again = lru_cache(maxsize=1 << 12)(self.encode)  # for short texts that come again, such as answers
 
     def read_added_tokens(self, nodes, where):
         """Read the "added_tokens" of a tokenizer.json, and list the bytes of all ids."""
@@ -1977,6 +1977,8 @@ def pick_device(name, dtype):
         available = False
     if not available:
         raise InputError(f"--device={name} is not available: expected cpu, cuda or mps")
+    if device.type == "cuda":
+        torch.cuda.set_device(device)  # graphs, memory and waiting are those of the current one
     if dtype:
         return device, DTYPES[dtype]
     native_bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
@@ -2051,7 +2053,7 @@ class SumLinear(torch.nn.Module):
 def attend_with_sums(q, k, v, mask):
     """`attend` for one token in a cache, T = 1."""
     B, T, n, hd = q.shape
-    if T > 1:
+    if T > 1 or mask is None:
         return attend(q, k, v, mask)
     m = k.size(2)
     q = q.view(B, 1, m, n // m, hd)
@@ -2080,26 +2082,24 @@ def compile_step(model):
 
 
 class Recorded:
-    """On a GPU, a part of the model, called as plain(x, at, cache): what it does for one token of each text is recorded
-    once for each cache, as a CUDA graph, and then started as a whole. Its kernels run for a few microseconds each, and
-    starting them one by one takes longer."""
+    """A part of the model on a GPU, called as plain(x, at, cache). What it does for one token of each text is recorded
+    as a CUDA graph, once for each cache and number of texts, and from then on started as a whole: its kernels run for a
+    few microseconds each, and starting them one by one takes longer."""
 
-    recording = False  # one part calls another
+    recording = False  # then the parts that a part calls run plainly
 
     def __init__(self, plain):
         self.plain = plain
-        self.graphs = {}
 
     def __call__(self, x, at=None, cache=None):
         if Recorded.recording or cache is None or x.size(1) > 1:
             return self.plain(x, at, cache)
-        which = (cache.data_ptr(), cache.shape, x.shape)
-        if which not in self.graphs:
-            if len(self.graphs) >= 128:  # most of them are of caches that are gone
-                self.graphs.clear()
-            result, self.graphs[which] = self.record(x, at, cache)
+        graphs = cache.__dict__.setdefault("graphs", {})  # which end with their cache
+        which = (self, x.shape)
+        if which not in graphs:
+            result, graphs[which] = self.record(x, at, cache)
             return result
-        graph, places, output = self.graphs[which]
+        graph, places, output = graphs[which]
         for place, value in zip(places, (x, *at)):
             if value is not None:
                 place.copy_(value)
@@ -2121,7 +2121,8 @@ class Recorded:
 
 
 def record_step(model):
-    """On a GPU, record what one token of each text runs through when it is written, in place."""
+    """On a GPU, have what one token of each text runs through recorded when it is written: from then on the model stays
+    where it is and as it is cut."""
     if model.wte.weight.device.type == "cuda":
         for name in ("encode", "propose", "refine", "decode"):
             setattr(model, name, Recorded(getattr(model, name)))
@@ -2171,6 +2172,7 @@ def try_to_compile(model):
         if is_out_of_memory(e):
             raise
         print(f"compiling failed, going on without: {one_line(e):.200}", file=sys.stderr)
+        record_step(model)
         return model
     return compiled
 

@@ -1043,11 +1043,12 @@ class Speed:
     supervised: int = flag(1, "K, with --train", 1)
     context: int = flag(256, "tokens per sequence, with --train", 1)
     batch: int = flag(0, "texts at a time; 0: one to write, two to train", 0)
+    prompt: int = flag(0, "tokens of the prompt; 0: 64, or half the context", 0)
     tokens: int = flag(24, "tokens to write for each figure", 8)
     threshold: float = flag(0.6, "confidence at which a token stops in the row of exit")
     encoder_layers: int = flag(-1, "layers before the loop; -1: as the checkpoint says")
     decoder_layers: int = flag(-1, "layers after the loop; -1: as the checkpoint says")
-    compile: bool = flag(None, "compile the step of a token; without this flag and without --no-compile, as sample.py")
+    compile: bool = flag(None, "compile the step of a token; if not said: no, but a GPU records it")
     uncached: bool = flag(False, "also without a cache: the whole text for each token")
     data: str = flag("", "held-out text: also the losses of 4,096 tokens, against those of fp32")
     profile: bool = flag(False, "where the time of a token of 8 passes goes")
@@ -1088,7 +1089,7 @@ def bytes_of(modules):
 
 
 def measure_writing(s):
-    """A row for each number of passes: a prompt of 64 random tokens, the shortest of three times, and its share of the
+    """A row for each number of passes: a prompt of random tokens, the shortest of three times, and its share of the
     best product; then s.tokens tokens one by one, and the lower quartile of their times (with exit: the mean). The
     floor is the time in which the device reads the weights that a token needs, each pass anew."""
     device, dtype = convert.pick_device(s.device, s.dtype)
@@ -1115,7 +1116,8 @@ def measure_writing(s):
     columns += f" {'token s':>9} {'tokens/s':>9} {'floor s':>8} {'of floor':>9}"
     print(columns + (f" {'uncached s':>11}" if s.uncached else ""))
     torch.manual_seed(0)
-    prompt = torch.randint(0, c.vocab_size, (s.batch, min(64, c.block_size // 2)), device=device)
+    length = s.prompt or min(64, c.block_size // 2)
+    prompt = torch.randint(0, c.vocab_size, (s.batch, length), device=device)
     means = {}  # seconds per token
     for passes in DEPTHS:
         _, means[passes] = writing_row(s, model, prompt, passes, Halt(threshold=2.0), bandwidth, product)
@@ -1127,7 +1129,7 @@ def measure_writing(s):
         print(f"exit after {depth:.2f} passes saves {saved / means[8]:.1%} of 8 passes' time, {share}")
     if s.profile:
         cache = model.new_cache(s.batch, prompt.size(1) + 8, 8)
-        model.advance(prompt, [0] * s.batch, cache, 8, Halt(threshold=2.0))
+        write_tokens(model, prompt, cache, 3, 8, Halt(threshold=2.0))
         with torch.profiler.profile() as profile:  # of all kinds of activity that there are
             model.advance(prompt[:, :1], [prompt.size(1)] * s.batch, cache, 8, Halt(threshold=2.0))
         print(profile.key_averages().table(sort_by="self_cpu_time_total", row_limit=14, max_name_column_width=50))
@@ -1137,10 +1139,10 @@ def writing_row(s, model, prompt, max_loops, halt, bandwidth, product):
     """Print one row. → mean passes and mean seconds per token."""
     device = prompt.device
     batch, length = prompt.shape
-    cache = model.new_cache(batch, min(length + s.tokens + 8, model.config.block_size), max_loops)
+    cache = model.new_cache(batch, min(length + s.tokens, model.config.block_size), max_loops)
     prefill = seconds(device, lambda: model.advance(prompt, [0] * batch, cache, max_loops, halt), 3)
-    write_tokens(model, prompt, 3, max_loops, halt)  # the first ones compile
-    times, depths = write_tokens(model, prompt, s.tokens, max_loops, halt)
+    write_tokens(model, prompt, cache, s.tokens, max_loops, halt)  # compiles or records all that comes up
+    times, depths = write_tokens(model, prompt, cache, s.tokens, max_loops, halt)
     depth = sum(depths) / len(depths)
     mean = sum(times) / len(times)
     ends = bytes_of([*model.encoder, *model.decoder])
@@ -1159,10 +1161,9 @@ def writing_row(s, model, prompt, max_loops, halt, bandwidth, product):
     return depth, mean
 
 
-def write_tokens(model, prompt, count, max_loops, halt):
+def write_tokens(model, prompt, cache, count, max_loops, halt):
     """Greedy tokens after the prompt (B, T). → seconds and mean passes of each of them."""
     batch, length = prompt.shape
-    cache = model.new_cache(batch, min(length + count, model.config.block_size), max_loops)
     logits, _ = model.advance(prompt, [0] * batch, cache, max_loops, halt)
     times, depths = [], []
     for i in range(length, length + count):
@@ -1291,7 +1292,7 @@ def measure_speed(given):
 LOOP_FLAGS = {"dtype", "max_loops", "halt", "threshold", "epsilon", "min_loops"}
 TASK_FLAGS = {"tasks", "limit", "num_fewshot", "include_path"}
 CUT_FLAGS = {"task", "encoder_layers", "decoder_layers", "batch"}
-WRITING_FLAGS = CUT_FLAGS | {"dtype", "tokens", "threshold", "compile", "uncached", "data", "profile"}
+WRITING_FLAGS = CUT_FLAGS | {"dtype", "prompt", "tokens", "threshold", "compile", "uncached", "data", "profile"}
 TRAINING_FLAGS = CUT_FLAGS | {"train", "way", "max_loops", "supervised", "context"}
 
 

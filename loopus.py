@@ -79,7 +79,7 @@ class Positions(NamedTuple):
     position: Tensor  # (B or 1, T)
     cos: Tensor = None  # (B or 1, T, 1, d/2), of the d rotated channels; None: learned positions
     sin: Tensor = None
-    mask: Tensor = None  # (B, 1, T, S): which of a cache's S positions each token sees
+    mask: Tensor = None  # (B, 1, T, S): which of a cache's S positions each token sees; None: whole prompts
     rows: Tensor = None  # (B,): which texts of the cache these are, ascending
     running: Tensor = None  # (B, T) bool: which tokens still loop, and write their keys and values
 
@@ -102,13 +102,13 @@ def rotate(x, cos, sin):
 
 
 def update_cache(kv, k, v, at):
-    """Put k, v (B, T, m, hd) of running tokens into kv (2, texts, S, m, hd). → all that these texts may see."""
+    """Put k, v (B, T, m, hd) of running tokens in kv (2, texts, S, m, hd). → (2, B, S, m, hd); S = T without a mask."""
     place = (slice(None), at.rows[:, None], at.position)
     running = at.running[..., None, None]
     kv[place] = torch.where(running, torch.stack((k, v)), kv[place])
     if len(at.rows) < kv.size(1):
         kv = kv[:, at.rows]
-    if at.mask is None:  # whole prompts: nothing else is there
+    if at.mask is None:  # whole prompts see only themselves
         kv = kv[:, :, : k.size(1)]
     return kv
 
@@ -339,7 +339,7 @@ class LoopUS(nn.Module):
         rows = torch.tensor(rows or range(len(starts)), device=idx.device)
         at = self.positions(starts, idx.size(1))
         at = at.in_cache(rows, S=cache[0].size(3))
-        if idx.size(1) > 1 and max(starts) == 0:  # whole prompts need no mask
+        if idx.size(1) > 1 and max(starts) == 0:  # whole prompts need no mask (single tokens keep theirs: one shape)
             at = at._replace(mask=None)
         place = (slice(None), slice(None), rows[:, None], at.position)
         h = self.encode(idx, at, cache[0])

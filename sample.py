@@ -34,7 +34,7 @@ class Settings(convert.Inference):
     top_k: int = flag(50, "draw among this many likeliest tokens", 1)
     top_p: float = flag(1.0, "of these, among the fewest likeliest that reach this probability", 0)
     seed: int = flag(2026, "of the random draws")
-    compile: bool = flag(None, "compile the step of a token; by default on a CPU, where enough is to be written")
+    compile: bool = flag(None, "compile the step of a token; if not said: where it pays on a CPU; GPUs record it")
     trace: bool = flag(False, "show the next token's candidates after each pass instead of writing")
     chat: bool = flag(False, "a conversation in the model's chat template; each line that is typed or piped is a turn")
     system: str = flag("", "with --chat: the system message; empty: none, also where transformers has one by default")

@@ -139,7 +139,7 @@ def test_speed_of_writing_and_training(command, checkpoint):
     rows = [line.split() for line in out.splitlines()[2:6]]
     assert code == 0 and [row[0] for row in rows] == ["1", "2", "4", "8"], err
     assert all(float(x.removesuffix("%")) > 0 for row in rows for x in row[1:5])
-    more = [f"--data={checkpoint[1]}", "--dtype=bf16", "--threshold=2", "--uncached"]
+    more = [f"--data={checkpoint[1]}", "--dtype=bf16", "--threshold=2", "--uncached", "--prompt=9"]
     code, out, err = command(evaluation, "--task=speed", model, "--tokens=8", *more, *cuts)
     assert code == 0 and out.count("held-out loss") == 5 and "uncached s" in out, err
     code, out, err = command(evaluation, "--task=speed", model, "--train", "--way=bf16", "--context=32", *cuts)
