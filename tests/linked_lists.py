@@ -1,7 +1,7 @@
 """
 Which choices make passes count? The linked lists of `python train.py`, once for each choice and seed.
 
-    python tests/linked_lists.py --out=out/evidence --seeds=1,2,3    half an hour of a core per seed; resumes
+    python tests/linked_lists.py --out=out/evidence --seeds=1,2,3    25 minutes of a core per seed; resumes
 
 Printed are tables of the share of right answers, mean ± standard deviation over the seeds, each a mean over the links
 of the chains asked for. Training sees chains of up to 8 links and up to 8 passes.
