@@ -1018,6 +1018,23 @@ def test_writing_is_compiled_where_it_pays_and_a_compiler_is_there(command, chec
     assert err.count("no-compiler), which would make writing faster") == 1
     monkeypatch.undo()
     assert "ompil" not in command(sample, *flags)[2]  # a small model writes at once
+    recorded = []
+    monkeypatch.setattr(convert, "record_step", recorded.append)  # a GPU's, unless it is not wanted
+    for flag, count in (("--no-compile", 0), ("--trace", 0), ("--max_loops=8", 1)):
+        assert command(sample, *flags, flag)[0] == 0 and len(recorded) == count, flag
+
+
+@pytest.mark.parametrize("native, dtype", [(True, torch.bfloat16), (False, torch.float32)])  # emulated bf16 is slow
+def test_the_gpu_that_is_named_is_the_current_one(monkeypatch, native, dtype):
+    class OnTheSecond:
+        device = torch.device("cuda:1")
+
+    chosen = []
+    monkeypatch.setattr(convert.torch, "empty", lambda *sizes, device: OnTheSecond)
+    monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: including_emulation or native)
+    assert convert.pick_device("cuda:1", "") == (OnTheSecond.device, dtype)
+    assert chosen == [OnTheSecond.device]
 
 
 @pytest.mark.slow
