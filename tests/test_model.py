@@ -273,19 +273,19 @@ def test_recorded_text_is_the_same(model, cut, device, monkeypatch):
     convert.record_step(recorded)
     idx = torch.randint(0, 257, (3, 21), device=device)
     prompts = [idx[0, :3].tolist(), idx[1].tolist(), idx[2, 9:12].tolist()]
-    for passes, threshold in ((6, 2.0), (6, 0.52), (0, 2.0), (2, 2.0)):
+    for passes, threshold in ((4, 2.0), (4, 0.52), (0, 2.0)):
         before = len(recordings)
-        expected = plain.generate(prompts, 20, passes, threshold, temperature=0)
-        found = recorded.generate(prompts, 20, passes, threshold, temperature=0)
+        expected = plain.generate(prompts, 6, passes, threshold, temperature=0)
+        found = recorded.generate(prompts, 6, passes, threshold, temperature=0)
         assert found[0] == expected[0] and torch.equal(found[1], expected[1]), (passes, threshold)
         new = len(recordings) - before
         if threshold == 2.0:  # E, each pass, D, by the texts that run together
             assert new % (2 + max(1, passes)) == 0 and new <= 3 * (2 + max(1, passes)), (passes, new)
     assert not convert.Recorded.recording
-    cache = recorded.new_cache(3, 21, 2)
-    steps = [recorded.advance(idx[:, i : i + 1], [i] * 3, cache, 2, Halt(threshold=2.0))[0] for i in range(21)]
+    cache = recorded.new_cache(3, 9, 2)
+    steps = [recorded.advance(idx[:, i : i + 1], [i] * 3, cache, 2, Halt(threshold=2.0))[0] for i in range(9)]
     with torch.no_grad():
-        torch.testing.assert_close(torch.stack(steps, dim=1), plain(idx, 2), atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(torch.stack(steps, dim=1), plain(idx[:, :9], 2), atol=1e-4, rtol=1e-4)
         torch.testing.assert_close(recorded(idx, 2), plain(idx, 2))  # without a cache: as ever
 
 
