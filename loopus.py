@@ -1,8 +1,8 @@
 """
 LoopUS (Looped Depth Up-Scaling, Park et al. 2026, arXiv 2605.11011) in one file: a pretrained model that thinks longer.
 
-The L layers of a pretrained transformer are cut, in order, into an encoder E, a reasoning block M and a decoder D. E
-runs once, M runs up to max_loops (the paper's B) times through a selective gate, D runs once (§3.1):
+The layers of a pretrained transformer are cut, in order, into an encoder E, a reasoning block M and a decoder D. E runs
+once, M runs up to max_loops (the paper's B) times through a selective gate, each time a pass, D runs once (§3.1):
 
     h⁰      = E(x)
     δ       = M(h) − h                                 the change that one pass of M proposes
@@ -12,8 +12,6 @@ runs once, M runs up to max_loops (the paper's B) times through a selective gate
     logits  = D(h^B)
     q(h)    = σ(Linear(LayerNorm(h)))                  the confidence that this state is good enough to stop
 
-A pass is one run of M and the gate; the depth of a token is the number of passes it took. Inference (§3.1) is
-`LoopUS.generate`, what stopping early means is `early_exit`, training (§3.2) is `deep_supervision`.
 Shapes: B batch, T tokens, C width of the states (n_embd), V vocabulary, n heads, m key/value heads, hd width of a head.
 """
 
@@ -93,9 +91,7 @@ class Positions(NamedTuple):
 def rotate(x, cos, sin):
     """Turn each pair of channels (i, i + d/2) of the first d of x (B, T, n, hd) by its position's angle."""
     half = cos.size(-1)
-    x1 = x[..., :half]
-    x2 = x[..., half : 2 * half]
-    rest = x[..., 2 * half :]
+    x1, x2, rest = x.split((half, half, x.size(-1) - 2 * half), dim=-1)
     y1 = x1 * cos - x2 * sin
     y2 = x2 * cos + x1 * sin
     return torch.cat((y1, y2, rest), dim=-1).type_as(x)
@@ -113,21 +109,10 @@ def update_cache(kv, k, v, at):
     return kv
 
 
-def attend(q, k, v, mask):
-    """Attention of q (B, T, n, hd) to k, v (B, S, m, hd) where mask (B, 1, T, S) allows it; without one, causal."""
-    q = q.transpose(1, 2)  # (B, n, T, hd)
-    k = k.transpose(1, 2)  # (B, m, S, hd)
-    v = v.transpose(1, 2)
-    grouped = q.size(1) != k.size(1)
-    y = F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None, enable_gqa=grouped)
-    return y.transpose(1, 2)
-
-
 class Block(nn.Module):
     def __init__(self, c):
         super().__init__()
         self.c = c
-        self.attend = attend  # convert.compile_step puts another in its place
         self.ln_1 = NORM[c.norm](c.n_embd, eps=c.norm_eps)
         qkv_width = (c.n_head + 2 * c.n_kv_head) * c.head_dim
         self.qkv = nn.Linear(c.n_embd, qkv_width, bias=c.qkv_bias)
@@ -157,6 +142,16 @@ class Block(nn.Module):
         y = self.attend(q, k, v, at.mask)  # (B, T, n, hd)
         return self.out(y.reshape(B, T, n * hd))
 
+    @staticmethod
+    def attend(q, k, v, mask):
+        """Attention of q (B, T, n, hd) to k, v (B, S, m, hd) where mask (B, 1, T, S) allows it; without one, causal."""
+        q = q.transpose(1, 2)  # (B, n, T, hd)
+        k = k.transpose(1, 2)  # (B, m, S, hd)
+        v = v.transpose(1, 2)
+        grouped = q.size(1) != k.size(1)
+        y = F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None, enable_gqa=grouped)
+        return y.transpose(1, 2)
+
     def mlp(self, x):
         x = self.up(x)
         if self.c.mlp == "gelu":
@@ -183,8 +178,7 @@ class SelectiveGate(nn.Module):
 
     @torch.no_grad()
     def reset_parameters(self):
-        """A number: α of every channel; the untrained model is then an exact damped iteration of the pretrained block.
-        "s4d": the authors' start, as in Mamba; a tenth of its channels have α < 1e-7 for good."""
+        """A number: α of every channel, an exact damped iteration of the pretrained block. "s4d": as the authors do."""
         if self.start == "s4d":
             self.up.reset_parameters()
             self.A_log.copy_(torch.arange(1, len(self.A_log) + 1).log())
@@ -228,6 +222,8 @@ class Halt(NamedTuple):
             holds = precise(h - h_before).norm(dim=-1) <= self.epsilon
         elif self.rule == "cdf":  # 1 − Π_{j≤b} (1 − q(h^j)) ≥ threshold
             holds = -torch.expm1(log_doubt) >= self.threshold
+        else:
+            raise InputError(f"Halt has the rule {self.rule!r}: expected one of {', '.join(RULES)}")
         return holds & (b >= self.min_loops), log_doubt
 
 
@@ -255,7 +251,6 @@ class LoopUS(nn.Module):
             p.zero_()
 
     def layers(self):
-        """All layers in the pretrained model's order."""
         return self.encoder + self.reasoning + self.decoder
 
     def positions(self, starts, T):
@@ -325,17 +320,15 @@ class LoopUS(nn.Module):
         return lm, logits.argmax(dim=-1)
 
     def new_cache(self, texts, size, max_loops):
-        """Room for the keys and values of `size` positions of each text: a tensor (layers, 2, texts, size, m, hd) for
-        E, [0], for M at each pass b, [b], since the states that enter it differ, and for D, [-1]."""
+        """Keys and values of `size` positions: (layers, 2, texts, size, m, hd) for E, for M at each pass, and for D."""
         shape = (2, texts, size, self.config.n_kv_head, self.config.head_dim)
         stacks = [self.encoder, *[self.reasoning] * max(1, max_loops), self.decoder]
         return [self.wte.weight.new_zeros(len(stack), *shape) for stack in stacks]
 
     @torch.no_grad()
     def advance(self, idx, starts, cache, max_loops, halt, rows=None):
-        """Run the tokens idx (B, T) of the texts `rows` (a list, ascending; None: all) of the cache, which holds the
-        `starts` (B ints) tokens before them. Each token runs until `halt` stops it, max_loops passes at most.
-        → logits of the last token (B, V), depth of each token (B, T)."""
+        """Run tokens idx (B, T) of the texts `rows` (ascending; None: all) of a cache that holds the `starts` (B ints)
+        tokens before them, each until `halt` stops it. → logits of the last token (B, V), depth of each (B, T)."""
         rows = torch.tensor(rows or range(len(starts)), device=idx.device)
         at = self.positions(starts, idx.size(1))
         at = at.in_cache(rows, S=cache[0].size(3))
@@ -366,15 +359,17 @@ class LoopUS(nn.Module):
     @torch.no_grad()
     def stream(self, prompts, max_new_tokens, max_loops, halt, draw, ends=()):
         """Continue prompts (lists of tokens) a token at a time: yields (token, depth) of each. draw: logits (B, V) →
-        tokens (B,). After a token of `ends` a text rests: that token is yielded again, with depth 0. When the context
-        is full, the newest half of a text runs again from position 0. InputError: a prompt is empty or too long."""
+        tokens (B,). A text ends with a token of `ends`, which is then yielded again, with depth 0. When the context is
+        full, the newest half of a text runs again from position 0. InputError: a prompt that is empty or too long."""
         texts = [list(prompt) for prompt in prompts]
         if not texts or [] in texts:
             raise InputError("a prompt is empty: give at least one token")
+        if max_loops < 0 or max_new_tokens < 0:
+            raise InputError(f"max_loops={max_loops} and max_new_tokens={max_new_tokens}: expected 0 or more")
         size = min(self.config.block_size, max(map(len, texts)) + max_new_tokens)
         cache = self.new_cache(len(texts), size, max_loops)
         cached = [0] * len(texts)  # how many tokens of each text the cache holds
-        writing = list(range(len(texts)))
+        writing = range(len(texts))
         for _ in range(max_new_tokens):
             alike = defaultdict(list)  # texts with equally many new tokens run together
             for i in writing:
@@ -384,8 +379,8 @@ class LoopUS(nn.Module):
                 alike[len(texts[i]) - cached[i]].append(i)
             written = [(text[-1], 0) for text in texts]
             for rows in alike.values():
-                unread = [texts[i][cached[i] :] for i in rows]
                 starts = [cached[i] for i in rows]
+                unread = [texts[i][cached[i] :] for i in rows]
                 idx = torch.tensor(unread, device=self.wte.weight.device)
                 logits, depth = self.advance(idx, starts, cache, max_loops, halt, rows)
                 for i, token, passes in zip(rows, draw(logits).tolist(), depth[:, -1].tolist()):
@@ -399,9 +394,8 @@ class LoopUS(nn.Module):
         self, idx, max_new_tokens, max_loops=8, threshold=0.6, temperature=1.0, top_k=None, top_p=None,
         generator=None, halt=None, ends=(),
     ):  # fmt: skip
-        """Continue idx, (B, T) or B lists of tokens; max_loops=0: the pretrained model. threshold: the confidence that
-        stops a token (above 1: never), or a `Halt` as halt. temperature (0: greedy) and what follows: see `sample`.
-        ends, InputError: see `stream`. → tokens (B, T + max_new_tokens) or B lists, depths (B, max_new_tokens)."""
+        """Continue idx, (B, T) or B lists of tokens, as `stream` and `sample` say; max_loops=0: the pretrained model.
+        threshold above 1: no exit. → tokens (B, T + max_new_tokens) or B lists, passes taken (B, max_new_tokens)."""
         prompts = idx.tolist() if torch.is_tensor(idx) else idx
         halt = halt or Halt(threshold=threshold)
         draw = partial(sample, temperature=temperature, top_k=top_k, top_p=top_p, generator=generator)
@@ -414,10 +408,11 @@ class LoopUS(nn.Module):
 
 
 def sample(logits, temperature=1.0, top_k=None, top_p=None, generator=None):
-    """Draw a token (B,) from logits (B, V): the likeliest at temperature 0, else among the top_k likeliest, and of
-    these among the fewest likeliest that reach the probability top_p. Raises InputError if logits are no numbers."""
+    """Draw tokens (B,) from logits (B, V), among the fewest of the top_k likeliest that reach the probability top_p."""
     if not logits.isfinite().all():
-        raise InputError("the model's logits are no numbers: are its weights damaged?")
+        raise InputError("the model's logits are not finite: are its weights damaged?")
+    if temperature < 0 or (top_k is not None and top_k < 1):
+        raise InputError(f"temperature={temperature} and top_k={top_k}: expected at least 0 and at least 1")
     if temperature < 1e-6:  # float32 cannot divide by much less
         return logits.argmax(dim=-1)
     logits, order = logits.float().sort(descending=True)
@@ -434,9 +429,8 @@ def sample(logits, temperature=1.0, top_k=None, top_p=None, generator=None):
 
 @torch.no_grad()
 def early_exit(model, idx, max_loops, halt, together=False):
-    """What early exit means, for whole sequences idx (B, T) at once: a token that has stopped keeps its state, and in
-    every deeper pass the others see the keys and values of its last pass. together: all tokens of a sequence stop when
-    its last one does, as in the authors' evaluation. → states to decode (B, T, C), depths (B, T)."""
+    """What early exit means for idx (B, T): a stopped token keeps its state, and all deeper passes see the keys and
+    values of its last one. together: a sequence stops with its last token. → states (B, T, C), depths (B, T)."""
     h = model.encode(idx)
     depth = torch.zeros_like(idx)
     if max_loops == 0:
@@ -444,7 +438,8 @@ def early_exit(model, idx, max_loops, halt, together=False):
     B, T = idx.shape
     last_kv = model.new_cache(B, T, 1)[1]  # keys and values of each token's last pass
     rows = torch.arange(B, device=idx.device)
-    at = model.positions([0] * B, T).in_cache(rows, S=T)
+    at = model.positions([0] * B, T)
+    at = at.in_cache(rows, S=T)
     running = at.running
     log_doubt = 0.0
     for b in range(1, max_loops + 1):
@@ -462,13 +457,19 @@ def early_exit(model, idx, max_loops, halt, together=False):
 # ---- Training
 def token_confidence_loss(confidence, right, known):
     """L_Q with one target per token, as in Fig. 4: was the likeliest token right? All arguments (B, T)."""
-    confidence = precise(confidence[known])
-    right = right[known].float()
-    return F.binary_cross_entropy_with_logits(confidence, right)
+    return F.binary_cross_entropy_with_logits(confidence[known], right[known].float())
+
+
+def sequence_confidence_loss(confidence, right, known):
+    """L_Q with one target per sequence, Eq. 13: q of its last token against the share of its tokens that are right."""
+    count = known.sum(dim=1)
+    scored = count > 0
+    share = (right & known).sum(dim=1)[scored] / count[scored]
+    return F.binary_cross_entropy_with_logits(confidence[scored, -1], share)
 
 
 def losses(model, h, h_before, targets, following, confidence_loss=token_confidence_loss):
-    """The terms of L (§3.2) in nats, of the state h that one pass made from h_before (B, T, C), as scalars:
+    """The terms of L (§3.2) in nats, of the state h that one pass made from h_before (B, T, C):
     L_LM   = CE(D(h), targets): the next tokens (B, T) that are learned, −100 for the others
     L_mono = SiLU(L_LM − L_LM of h_before, without gradient): a pass should do no harm
     L_Q    = BCE(q(h), was the prediction right?) over all `following` tokens: a prompt's tokens can stop, too"""
@@ -476,15 +477,15 @@ def losses(model, h, h_before, targets, following, confidence_loss=token_confide
     with torch.no_grad():
         lm_before, _ = model.loss(h_before, targets)
     mono = F.silu(lm - lm_before)
-    q = confidence_loss(model.confidence(h), likeliest == following, following != -100)
+    confidence = precise(model.confidence(h))
+    q = confidence_loss(confidence, likeliest == following, following != -100)
     return lm, mono, q
 
 
 def deep_supervision(model, idx, targets, supervised, span=1, confidence_loss=token_confidence_loss):
     """Random deep supervision (§3.2, Fig. 4): loop over idx (B, T), and yield the `losses` after each supervised pass
-    (numbered from 0). Call backward before asking for the next: memory then holds the graph of one span, however many
-    passes there are. A gradient crosses `span` passes, never past the last supervised one, nor past h⁰ unless the
-    encoder trains. The paper's span is 1; with a larger one a pass also learns what later passes make of it."""
+    (from 0). Call backward before asking for the next: memory then holds the graph of one span. A gradient crosses
+    `span` passes (the paper: 1), never past the last supervised one, nor past h⁰ unless the encoder trains."""
     following = torch.cat((idx[:, 1:], targets[:, -1:]), dim=1)
     tracked = {b - i for b in supervised for i in range(span)}  # passes with gradient
     with torch.set_grad_enabled(0 in tracked):

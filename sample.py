@@ -1,13 +1,16 @@
 """
 Let a looped model write. Each token takes the passes it needs; a terminal shows them as a tint.
 
-    python sample.py --max_loops=8 --prompt="def "    continue a prompt with the model train.py wrote last
+    python sample.py --max_loops=8 --prompt="def "    continue a prompt with the newest model below ./out
     python sample.py                                  ask for prompts, again and again (or read one from a pipe)
     python sample.py --chat                           talk with a model that was taught to
     python sample.py --prompt="The sky is" --trace    watch the next token form, pass by pass (paper Fig. 7 and 8)
 """
 
 import codecs
+import copy
+import os
+import shutil
 import sys
 import time
 from contextlib import suppress
@@ -18,8 +21,8 @@ import torch
 
 import convert
 import loopus
-from convert import flag
-from loopus import InputError
+from convert import flag, refuse
+from loopus import Block, Halt, InputError, Positions
 
 TINTS = (75, 79, 114, 150, 186, 215, 209, 203)  # terminal colours from cool, few passes, to warm, many
 
@@ -40,28 +43,21 @@ class Settings(convert.Inference):
     system: str = flag("", "with --chat: the system message; empty: none, also where transformers has one by default")
 
 
-def tint(text, passes, max_loops):
-    """Colour text by its passes, where standard output is a terminal."""
-    if not sys.stdout.isatty() or max_loops < 1:
-        return text
-    warmth = (passes - 1) / max(1, max_loops - 1)  # 0 … 1
-    colour = TINTS[int(warmth * (len(TINTS) - 1))]
-    return f"\x1b[38;5;{colour}m{text}\x1b[0m"
-
-
 def drawing(model, s):
     """The function logits → tokens of these settings."""
     generator = torch.Generator(model.wte.weight.device).manual_seed(convert.valid_seed(s.seed))
     return partial(loopus.sample, temperature=s.temperature, top_k=s.top_k, top_p=s.top_p, generator=generator)
 
 
-def print_legend(s):
-    """What the tints mean, on a terminal."""
-    if sys.stdout.isatty() and s.max_loops > 0:
-        print("passes: " + " ".join(tint(str(b), b, s.max_loops) for b in range(1, s.max_loops + 1)) + "\n")
+def tint(text, passes, max_loops):
+    """Colour text by its passes, where standard output is a terminal."""
+    if not sys.stdout.isatty() or max_loops < 1:
+        return text
+    colour = TINTS[(passes - 1) * (len(TINTS) - 1) // max(1, max_loops - 1)]
+    return f"\x1b[38;5;{colour}m{text}\x1b[0m"
 
 
-def show(steps, model, tokenizer, s):
+def show(steps, tokenizer, s):
     """Print what is written to standard output, and one line about it to standard error. steps: what `LoopUS.stream`
     yields for one text."""
     utf8 = codecs.getincrementaldecoder("utf-8")("replace")  # a character can span tokens
@@ -72,27 +68,20 @@ def show(steps, model, tokenizer, s):
             if token in tokenizer.ends:
                 break
             depths.append(depth)
-            piece = utf8.decode(tokenizer.token_bytes(token))
-            print(tint(piece, depth, s.max_loops), end="", flush=True)
+            print(tint(utf8.decode(tokenizer.token_bytes(token)), depth, s.max_loops), end="", flush=True)
     print(utf8.decode(b"", final=True), flush=True)
-    mean = f"{sum(depths) / max(1, len(depths)):.2f} passes each on average (of at most {s.max_loops})"
-    memory = convert.peak_memory(model.wte.weight.device)
-    speed = f"{len(depths) / (time.time() - begun):.1f} tokens/s, peak memory {memory:.2f} GB"
+    legend = " ".join(tint(str(b), b, s.max_loops) for b in range(1, s.max_loops + 1))
+    mean = f"{sum(depths) / max(1, len(depths)):.2f} passes each on average (of {legend or 0})"
+    speed = f"{len(depths) / (time.time() - begun):.1f} tokens/s"
     print(f"\n{len(depths)} tokens, {mean}, {speed}", file=sys.stderr)
 
 
 def write(model, tokenizer, prompt, s):
     """Print a prompt and its continuation."""
-    print_legend(s)
     print(prompt, end="", flush=True)
-    ids = prompt_tokens(tokenizer, prompt)
+    ids = tokenizer.start(prompt)
     steps = model.stream([ids], s.max_new_tokens, s.max_loops, s.rule(), drawing(model, s))
-    show(steps, model, tokenizer, s)
-
-
-def prompt_tokens(tokenizer, prompt):
-    """The tokens of a prompt; where it has none, the one that begins a text."""
-    return tokenizer.start(prompt) or [tokenizer.prefix or 0]
+    show(steps, tokenizer, s)
 
 
 # ---- A conversation
@@ -116,52 +105,46 @@ class Conversation:
         if s.system:
             self.beginning += self.message("system", s.system)
         self.turns = []
-        self.cache = []
+        self.cache = model.new_cache(1, 0, s.max_loops)
         self.cached = 0
 
     def message(self, role, content):
-        """The tokens of a message. In its content, special tokens are plain text."""
-        return self.tokenizer.encode(self.tokenizer.template.opening.format(role=role), content) + self.ending
+        """The tokens of a message, as training reads them: in its content, special tokens are plain text."""
+        ids = convert.encode_document(self.tokenizer.template.segments(role, content, False), self.tokenizer)
+        return [~i for i in ids]
 
     def tokens(self):
         return self.beginning + [token for turn in self.turns for token in turn]
 
     def ask(self, question):
         """Add a question to the conversation. Raises InputError where it is longer than the context."""
+        context = self.model.config.block_size
         opening = self.tokenizer.template.opening.format(role="assistant")
         asked = self.message("user", question) + self.tokenizer.encode(opening)
-        context = self.model.config.block_size
-        length = len(self.beginning) + len(asked)
-        if length >= context:
-            raise InputError(f"a message of {length} tokens does not fit the context of {context}: shorten it")
+        if len(self.beginning) + len(asked) >= context:
+            lengths = f"{len(self.beginning)} tokens before all turns, and a message of {len(asked)}"
+            raise InputError(f"{lengths}, do not fit the context of {context}: shorten the longer one")
         if self.turns:  # its reply does not hold its end
             self.turns[-1] += self.ending
         self.turns.append(asked)
-        if len(self.tokens()) + min(self.s.max_new_tokens, context // 2) > context:
-            self.forget(context // 2)
-        self.make_room(min(len(self.tokens()) + self.s.max_new_tokens, context))
-
-    def forget(self, size):
-        """Drop the oldest turns, never the newest, until at most `size` tokens remain."""
-        if len(self.turns) > 1 and len(self.tokens()) > size:
+        if len(self.tokens()) + min(self.s.max_new_tokens, context // 2) > context and len(self.turns) > 1:
             print("the context is full: the oldest turns are forgotten", file=sys.stderr)
             self.cached = 0
-        while len(self.turns) > 1 and len(self.tokens()) > size:
-            del self.turns[0]
-
-    def make_room(self, size):
-        """Have a cache of at least `size` tokens, with what it held."""
-        held = self.cache[0].size(3) if self.cache else 0
-        if size > held:
-            larger = self.model.new_cache(1, size, self.s.max_loops)
+            while len(self.turns) > 1 and len(self.tokens()) > context // 2:
+                del self.turns[0]
+        held = self.cache[0].size(3)
+        larger = self.model.new_cache(1, min(len(self.tokens()) + self.s.max_new_tokens, context), self.s.max_loops)
+        if larger[0].size(3) > held:
             for part, part_before in zip(larger, self.cache):
                 part[:, :, :, :held] = part_before
             self.cache = larger
 
     def reply(self):
         """Answer the question, token by token, up to the end of the message: yields [(token, depth)] of each."""
-        room = self.cache[0].size(3) - len(self.tokens())
-        for _ in range(min(self.s.max_new_tokens, room)):
+        for _ in range(self.s.max_new_tokens):
+            if len(self.tokens()) == self.model.config.block_size:
+                print("\nthe context is full: the reply is cut", file=sys.stderr)
+                return
             idx = torch.tensor([self.tokens()[self.cached :]], device=self.model.wte.weight.device)
             logits, depth = self.model.advance(idx, [self.cached], self.cache, self.s.max_loops, self.s.rule())
             self.cached += idx.size(1)
@@ -175,7 +158,6 @@ class Conversation:
 def chat(model, tokenizer, s):
     """Answer what is said, in one conversation."""
     conversation = Conversation(model, tokenizer, s)
-    print_legend(s)
     for question in inputs(s):
         try:
             conversation.ask(question.strip())
@@ -184,20 +166,18 @@ def chat(model, tokenizer, s):
                 raise
             print(f"error: {e}", file=sys.stderr)
             continue
-        show(conversation.reply(), model, tokenizer, s)
+        show(conversation.reply(), tokenizer, s)
 
 
 # ---- One token, pass by pass
 def candidates(model, tokenizer, h):
     """The likeliest tokens after the state h (1, T, C), with their probabilities."""
     probabilities = model.decode(h)[0, -1].float().softmax(dim=-1)
-    if probabilities.isnan().any():
-        raise InputError("the model's probabilities are no numbers: are its weights damaged?")
-    top = probabilities.topk(min(5, len(probabilities)))
+    refuse(not probabilities.isfinite().all(), "the model's probabilities are not finite: are its weights damaged?")
     words = []
-    for token, probability in zip(top.indices.tolist(), top.values.tolist()):
+    for token in probabilities.argsort(descending=True)[:5].tolist():
         text = tokenizer.token_bytes(token).decode(errors="replace")
-        words.append(f"{text!r} {probability:.3f}")
+        words.append(f"{text!r} {probabilities[token]:.3f}")
     return "  ".join(words)
 
 
@@ -205,13 +185,13 @@ def candidates(model, tokenizer, h):
 def trace(model, tokenizer, prompt, s):
     """One row per pass for the token after the prompt: confidence q, step length ‖h^{b+1} − h^b‖₂, mean α, and the
     likeliest tokens. No token is stopped; where the rule first holds is marked."""
-    ids = prompt_tokens(tokenizer, prompt)
+    ids = tokenizer.start(prompt)
     halt = s.rule()
     h = model.encode(torch.tensor([ids], device=model.wte.weight.device))
     print(f"pass  {'q':>5}  {'step':>8}  {'α':>5}  candidates")
     print(f"base{'':24}{candidates(model, tokenizer, model.propose(h))}")
     log_doubt = 0.0
-    stopped = False
+    mark = "  ← exit"
     for b in range(1, s.max_loops + 1):
         proposed = model.propose(h)
         alpha = model.gate.alpha(proposed - h)[0, -1].float().mean()
@@ -221,63 +201,173 @@ def trace(model, tokenizer, prompt, s):
         q = torch.sigmoid(model.confidence(h).float())[0, -1]
         line = f"{b:>4}  {q:5.3f}  {step:8.2f}  {alpha:5.3f}  {candidates(model, tokenizer, h)}"
         stops, log_doubt = halt.stops(model, b, h_before, h, log_doubt)
-        if stops[0, -1] and not stopped:
-            stopped = True
-            line += "  ← exit"
+        if stops[0, -1]:
+            line += mark
+            mark = ""
         print(line)
+
+
+# ---- For speed alone: compiled and recorded writing. A first reading may skip this.
+class SumLinear(torch.nn.Module):
+    """A linear layer that is a sum for one token: compiled for a CPU it reads the matrix at the memory's speed, twice
+    as fast as torch's product."""
+
+    def __init__(self, linear):
+        super().__init__()
+        self.weight = linear.weight
+        self.bias = linear.bias
+
+    def forward(self, x):
+        if x.numel() > x.size(-1):
+            return torch.nn.functional.linear(x, self.weight, self.bias)
+        y = (self.weight.float() * x.float()[..., None, :]).sum(dim=-1)
+        if self.bias is not None:
+            y = y + self.bias
+        return y.type_as(x)
+
+
+def attend_with_sums(q, k, v, mask):
+    """`Block.attend` for one token in a cache, T = 1."""
+    B, T, n, hd = q.shape
+    if T > 1 or mask is None:
+        return Block.attend(q, k, v, mask)
+    m = k.size(2)
+    q = q.view(B, 1, m, n // m, hd)
+    scores = (q * k[:, :, :, None]).sum(dim=-1) * hd**-0.5  # (B, S, m, n/m)
+    scores = scores.masked_fill(~mask[:, 0, 0, :, None, None], -torch.inf)
+    y = (scores.softmax(dim=1)[..., None] * v[:, :, :, None]).sum(dim=1)
+    return y.view(B, 1, n, hd)
+
+
+def compiled_for_one_token(plain, compiled, x, at, kv=None):
+    if x.size(1) == 1:
+        return compiled(x, at, kv)
+    return plain(x, at, kv)
+
+
+def compile_step(model):
+    """Compile, in place, what one token of each text runs through when it is written: once for all layers, passes,
+    positions and numbers of texts. Prompts run as before. On a CPU, sums take the place of the products."""
+    if model.wte.weight.device.type == "cpu":
+        for block in model.layers():
+            block.attend = attend_with_sums
+            for name in ("qkv", "out", "up", "down"):
+                setattr(block, name, SumLinear(getattr(block, name)))
+        model.lm_head = SumLinear(model.lm_head)
+    # A norm is to be stored before a matrix reads it, not computed again for each row of the matrix.
+    options = {"realize_acc_reads_threshold": 2, "size_asserts": False}
+    for block in model.layers():
+        compiled = torch.compile(block.forward, dynamic=True, options=options)
+        block.forward = partial(compiled_for_one_token, block.forward, compiled)
+    model.lm_head.compile(dynamic=True, options=options)
+    record_step(model)
+
+
+class Recorded:
+    """A part of the model on a GPU, called as plain(x, at, cache). What it does for one token of each text is recorded
+    as a CUDA graph, once for each cache and number of texts, and from then on started as a whole: its kernels run for a
+    few microseconds each, and starting them one by one takes longer."""
+
+    recording = False  # then the parts that a part calls run plainly
+
+    def __init__(self, plain):
+        self.plain = plain
+
+    def __call__(self, x, at=None, cache=None):
+        if Recorded.recording or cache is None or x.size(1) > 1:
+            return self.plain(x, at, cache)
+        graphs = cache.__dict__.setdefault("graphs", {})  # which end with their cache
+        which = (self, x.shape)
+        if which not in graphs:
+            result, graphs[which] = self.record(x, at, cache)
+            return result
+        graph, places, output = graphs[which]
+        for place, value in zip(places, (x, *at)):
+            if value is not None:
+                place.copy_(value)
+        graph.replay()
+        return output.clone()
+
+    def record(self, x, at, cache):
+        """→ the result, and for the next time the graph, the places from which it reads x and `at`, and its output."""
+        Recorded.recording = True
+        try:
+            result = self.plain(x, at, cache)  # compiles what is to be compiled
+            places = [value if value is None else value.clone() for value in (x, *at)]
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                output = self.plain(places[0], Positions(*places[1:]), cache)
+        finally:
+            Recorded.recording = False
+        return result, (graph, places, output)
+
+
+def record_step(model):
+    """On a GPU, have what one token of each text runs through recorded when it is written: from then on the model stays
+    where it is and as it is cut."""
+    if model.wte.weight.device.type == "cuda":
+        for name in ("encode", "propose", "refine", "decode"):
+            setattr(model, name, Recorded(getattr(model, name)))
+
+
+MUCH_TO_READ = 100e9  # weights, as 124 tokens of SmolLM2-135M at 8 passes read: then the first compiling has paid
+
+
+def made_fast(model, s):
+    """The model made fast to write with, sharing its weights: its step compiled, where --compile says so or, if it says
+    nothing, where that pays on this CPU; on a GPU recorded. Where compiling fails, a line says why."""
+    compiling = s.compile
+    if compiling is None:
+        compiler = os.environ.get("CXX") or {"darwin": "clang++", "win32": "cl"}.get(sys.platform, "g++")
+        work = s.max_new_tokens * max(1, s.max_loops) * sum(p.numel() for p in model.reasoning.parameters())
+        on_cpu = model.wte.weight.device.type == "cpu"
+        compiling = on_cpu and work > MUCH_TO_READ and shutil.which(compiler) is not None
+    if compiling:
+        print("compiling, which takes some seconds (--no-compile leaves it out)", file=sys.stderr)
+        compiled = copy.deepcopy(model, {id(p): p for p in model.parameters()})
+        compile_step(compiled)
+        idx = torch.zeros(1, 1, dtype=torch.long, device=model.wte.weight.device)
+        size = min(13, model.config.block_size)  # the size of no layer: torch would fix it as that
+        try:
+            compiled.advance(idx, [0], compiled.new_cache(1, size, 1), 1, Halt())
+            return compiled
+        except Exception as e:  # of many types: of torch, of the compiler, of the disk
+            print(f"compiling failed, going on without: {convert.one_line(e):.200}", file=sys.stderr)
+    record_step(model)
+    return model
 
 
 # ---- The program
 def inputs(s):
-    """What is to be continued or answered: --prompt, or each line that is typed, or what comes from a pipe. Raises
-    InputError where that is not text."""
-    try:
-        if s.prompt:
-            yield s.prompt
-        elif sys.stdin.isatty():
-            greeting = "Say something." if s.chat else "What should it continue?"
-            print(f"{greeting} An empty line ends. Ctrl-C stops a text.")
-            yield from lines("\n> ")
-        elif s.chat:
-            yield from filter(str.strip, sys.stdin)
-        else:
-            yield sys.stdin.read().rstrip("\n")
-    except UnicodeDecodeError as e:
-        raise InputError(f"standard input is not {sys.stdin.encoding} text ({e}): convert it") from None
-
-
-def lines(prompt):
-    """The lines of standard input, until an empty one or the end."""
-    with suppress(EOFError):
-        while (line := input(prompt)).strip():
-            yield line
+    """What is to be continued or answered: --prompt, or each line that is typed, or what comes from a pipe."""
+    if s.prompt:
+        yield s.prompt
+    elif sys.stdin.isatty():
+        greeting = "Say something." if s.chat else "What should it continue?"
+        print(f"{greeting} An empty line ends. Ctrl-C stops a text.")
+        with suppress(EOFError):
+            while (line := input("\n> ")).strip():
+                yield line
+    elif s.chat:
+        yield from filter(str.strip, sys.stdin)
+    else:
+        yield sys.stdin.read().rstrip("\n")
 
 
 def main():
     s = Settings(**convert.parse(Settings))
-    if s.system and not s.chat:
-        raise InputError("--system without --chat: only a conversation has a system message")
-    if s.trace and s.chat:
-        raise InputError("--trace is of a text, not of a conversation: leave out --chat")
-    device, dtype = convert.pick_device(s.device, s.dtype)
-    model, tokenizer = convert.load(s.init, device, dtype)
-    if tokenizer is None:
-        raise InputError(f"{s.init or 'the model'} has no tokenizer.json: text cannot be read or written without one")
-    if s.chat and tokenizer.template is None:
-        problem = f"{s.init or 'the model'} has no chat template that we know"
-        raise InputError(f"{problem} (ChatML, Llama 3, Phi-4): take a model with one")
-    if s.compile is None and not s.trace:
-        s.compile = convert.pays_to_compile(model, s.max_new_tokens, s.max_loops)
-        convert.record_step(model)
-    if s.compile:
-        model = convert.try_to_compile(model)
+    refuse(s.system and not s.chat, "--system without --chat: only a conversation has a system message")
+    refuse(s.trace and s.chat, "--trace is of a text, not of a conversation: leave out --chat")
+    model, tokenizer = s.load(s.init)
+    unknown = s.chat and tokenizer.template is None
+    refuse(unknown, "the model has no chat template that we know: expected ChatML, Llama 3's or Phi-4's")
+    if not s.trace:
+        model = made_fast(model, s)
     if s.chat:
         return chat(model, tokenizer, s)
     for prompt in inputs(s):
-        if s.trace:
-            trace(model, tokenizer, prompt, s)
-        else:
-            write(model, tokenizer, prompt, s)
+        work = trace if s.trace else write
+        work(model, tokenizer, prompt, s)
 
 
 if __name__ == "__main__":

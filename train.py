@@ -2,7 +2,7 @@
 Make a looped model of a pretrained one by random deep supervision (paper §3.2), or train it unlooped, as the control.
 
     python train.py                                   the whole story in minutes, on any machine, without network
-    python train.py --init=gpt2 --data=book.txt       a real model on real text, with the paper's constants
+    python train.py --init=gpt2 --data=book.txt       a real model on real text
     torchrun --nproc_per_node=8 train.py --init=…     the same run, shared by 8 devices
 """
 
@@ -11,10 +11,12 @@ import json
 import math
 import os
 import random
+import shutil
 import signal
 import sys
 import time
 import warnings
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields, replace
 from datetime import timedelta
 from functools import lru_cache, partial
@@ -29,29 +31,36 @@ if "OMP_WAIT_POLICY" not in os.environ:
 import numpy as np
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
+from torch.distributed.tensor import distribute_tensor
 from torch.utils.checkpoint import checkpoint
 
 import convert
-from convert import flag
-from eval import accuracy_by_kind, best_product, count_windows, depth_losses, print_accuracy, read_answers, windows
-from loopus import Config, Halt, InputError, LoopUS, deep_supervision, precise, token_confidence_loss
+from convert import flag, refuse
+from eval import accuracy_by_kind, depth_losses, print_accuracy, read_answers
+from loopus import Config, Halt, InputError, LoopUS, deep_supervision, sequence_confidence_loss, token_confidence_loss
+
+RECIPES = {
+    "paper": {},
+    "short": dict(steps=200, accumulate=1, context=256, max_loops=6, supervised=2, warmup=20, eval_tokens=2048),
+}
 
 
 @dataclass
 class Settings:
     """Train a looped model, or with --objective=lm the unlooped one. Defaults are the paper's constants (App. A)."""
 
+    recipe: str = flag(
+        "", "paper: as below; short: what a laptop does in minutes; empty: short on a CPU", None, RECIPES
+    )
     init: str = flag("", "model to start from: hub name or directory; empty: the whole story from nothing, see above")
-    data: str = flag("", "text, .jsonl, .bin or .npy tokens, a directory, a glob; empty: Python's standard library")
+    data: str = flag("python", "text, .jsonl, .bin, … , a directory, a glob; python: its standard library's source")
     val: str = flag("", "held-out text; empty: every 20th file of --data, or the last 20th of a single one")
     out: str = flag("out/loop", "directory of the run: checkpoints and log.jsonl")
     resume: bool = flag(False, "go on from the newest checkpoint in --out, with the settings it was started with")
     objective: str = flag("loop", "or lm: train the model unlooped, as the control", None, ("loop", "lm"))
     max_loops: int = flag(20, "B, passes unrolled per batch (paper: 20)", 1)
     supervised: int = flag(5, "K, passes supervised among them (paper: 5)", 1)
-    through: int = flag(1, "span: passes that a gradient crosses (paper: 1; its authors' code: 2)", 1)
-    update: str = flag("batch", "an optimizer step per batch, or depth: per supervised pass", None, ("batch", "depth"))
+    span: int = flag(1, "passes that a gradient crosses (paper: 1; its authors' code: 2)", 1)
     confidence: str = flag("token", "q's target: per token, or sequence: Eq. 13", None, ("token", "sequence"))
     trains: str = flag("middle", "all but embedding and encoder (paper), or all", None, ("middle", "all"))
     encoder_layers: int = flag(-1, "layers run once before the loop; -1: the paper's cut, or by the layer profile")
@@ -62,7 +71,7 @@ class Settings:
     accumulate: int = flag(64, "micro-batches per optimizer step, over all processes (paper: 64)", 1)
     context: int = flag(1024, "tokens per sequence (paper: 1024)", 1)
     lr: float = flag(5e-5, "peak learning rate, cosine decay (paper: 5e-5)", 0)
-    new_lr: float = flag(10.0, "how many times --lr the gate and the confidence head learn at", 0)
+    new_lr_factor: float = flag(10.0, "the gate and the confidence head learn at this many times --lr", 0)
     warmup: int = flag(300, "steps until the peak learning rate (paper: 300), at most a tenth of --steps", 0)
     seed: int = flag(2026, "of the data order and the passes drawn (paper: 2026)")
     log_every: int = flag(10, "steps between log lines", 1)
@@ -76,7 +85,8 @@ class Settings:
     shard: bool = flag(False, "with torchrun: each process holds a share of weights, gradients and moments (FSDP)")
 
 
-FIXED = ("init", "objective", "trains", "encoder_layers", "decoder_layers", "gate_start")  # while a run is resumed
+FIXED = ("init", "data", "objective", "trains", "encoder_layers", "decoder_layers", "gate_start")  # in a resumed run
+CONFIDENCE_LOSSES = {"token": token_confidence_loss, "sequence": sequence_confidence_loss}
 
 
 # ---- What a step reads, and at what rate it learns
@@ -170,18 +180,11 @@ def shard(model, device, dtype):
 
     warnings.filterwarnings("ignore", "FSDP2-wrapped module")  # of writing into the output of a part: nobody does
     policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, output_dtype=dtype)
-    mesh = dist.init_device_mesh(device.type, (dist.get_world_size(),))
+    mesh = dist.init_device_mesh(device.type, (world_size(),))
     ends = [part for part in model.children() if not isinstance(part, torch.nn.ModuleList)]
     for part in [*ends, *model.layers(), model]:
         fully_shard(part, mesh=mesh, mp_policy=policy)
     register_fsdp_forward_method(model, "encode")
-
-
-def share(x, parameter):
-    """This process's share of x, which belongs to a parameter that `shard` has spread."""
-    from torch.distributed.tensor import distribute_tensor
-
-    return distribute_tensor(x, parameter.device_mesh, parameter.placements)
 
 
 def whole(x):
@@ -206,6 +209,16 @@ def summed(x):
     return x
 
 
+@contextmanager
+def first_process_first():
+    """The first process runs the block alone, the others after it: they find what it has downloaded or tokenised."""
+    if rank() > 0:
+        dist.barrier()
+    yield
+    if rank() == 0 and world_size() > 1:
+        dist.barrier()
+
+
 # ---- A run: setting it up, saving it, going on with it
 @dataclass
 class Run:
@@ -218,111 +231,50 @@ class Run:
     device: torch.device
     dtype: torch.dtype  # of the passes
     sharded: bool
+    files: list  # of --data, when the run was started
     step: int = 0  # steps that are done
     skipped: int = 0  # updates in a row that were left out
 
 
 def check(s):
-    """Raises InputError where settings contradict each other. Names the text where none is given."""
-    if s.supervised > s.max_loops:
-        raise InputError(f"--supervised={s.supervised} of --max_loops={s.max_loops}: expected K, 1 to B")
-    if s.batch * s.context > 1 << 28:
-        raise InputError(f"--batch={s.batch} of --context={s.context} tokens fits no machine: take fewer")
-    if not s.data:
-        s.data = "python"
-        print("no --data: training on the source of Python's standard library")
-    if s.accumulate % world_size():
-        raise InputError(f"--accumulate={s.accumulate} micro-batches cannot be shared by {world_size()} processes")
+    """Raises InputError where settings contradict each other, or what is in s.out."""
+    refuse(s.supervised > s.max_loops, f"--supervised={s.supervised} of --max_loops={s.max_loops}: expected K, 1 to B")
+    uneven = s.accumulate % world_size()
+    refuse(uneven, f"--accumulate={s.accumulate} micro-batches cannot be shared by {world_size()} processes")
+    refuse(Path(s.out, "config.json").exists(), f"--out={s.out} holds a model: name a directory for the run")
+    for directory in checkpoints(s.out)[-1:]:
+        refuse(not s.resume, f"{s.out} holds a run, at {directory.name}: --resume it, or name another --out")
 
 
-def step_directories(out):
-    """The directories of the checkpoints of a run, the newest first."""
-    return sorted((path.parent for path in Path(out).glob(f"{convert.STEP}/optimizer.pt")), reverse=True)
+def checkpoints(out):
+    """The directories of a run's checkpoints, the newest last."""
+    return sorted(Path(out).glob(convert.STEP))
 
 
-def refuse_to_overwrite(s):
-    """Raise InputError where s.out holds a run already."""
-    directories = step_directories(s.out)
-    if directories:
-        state = f"{s.out} already holds a run, at {directories[0].name}"
-        raise InputError(f"{state}: --resume it, or name another --out")
+def step_directory(s, step):
+    return Path(s.out, f"step-{step:07d}")
 
 
-def read_settings(directory):
-    """The settings of a checkpoint, {name: value}. Raises InputError where settings.json is damaged."""
-    path = directory / "settings.json"
-    stored = convert.read_json(path)
-    settings = {}
-    for setting in fields(Settings):
-        value = stored.get(setting.name, setting.default)
-        problem = convert.problem_with(setting, value)
-        if problem:
-            raise InputError(f"{path} is damaged: {setting.name}={value!r:.40} {problem}")
-        settings[setting.name] = value
-    return settings
+def newest(out):
+    refuse(not checkpoints(out), f"--resume: {out} holds no checkpoint; start without --resume, or name another --out")
+    return checkpoints(out)[-1]
 
 
-def read_optimizer(directory):
-    """What `save_checkpoint` has written to optimizer.pt. Raises InputError where it is damaged."""
-    path = directory / "optimizer.pt"
+def lock(out):
+    """Have this run alone write to `out`, until the file that is returned is closed or its process ends."""
+    if rank() > 0:
+        return open(os.devnull)
+    Path(out).mkdir(parents=True, exist_ok=True)
+    file = open(Path(out, ".lock"), "w")
     try:
-        saved = torch.load(path, map_location="cpu", weights_only=True)
-        name = f"step-{saved['step']:07d}"
-        moments = saved["optimizer"]["state"]
-    except Exception as e:  # of many types: unpickling follows what the file says
-        if convert.is_out_of_memory(e):
-            raise
-        raise InputError(f"{path} is damaged ({e!r:.80})") from None
-    if name != directory.name or not isinstance(moments, dict):
-        raise InputError(f"{path} is damaged: it does not hold the optimizer of that step")
-    return saved
+        import fcntl
 
-
-def check_moments(state, model, s, directory):
-    """Raise InputError unless AdamW's moments, {number of a parameter: {name: tensor}}, fit what trains."""
-    params = [p for group in make_optimizer(model, s).param_groups for p in group["params"]]
-    expected = {}
-    for i, p in enumerate(params):
-        expected[i] = {"step": (), "exp_avg": tuple(p.shape), "exp_avg_sq": tuple(p.shape)}
-    for i, moments in state.items():
-        shapes = moments
-        if isinstance(moments, dict):
-            shapes = {name: tuple(x.shape) if torch.is_tensor(x) else x for name, x in moments.items()}
-        if shapes != expected.get(i):
-            problem = f"the moments of parameter {i} have the shapes {shapes!s:.80}, expected {expected.get(i)}"
-            raise InputError(f"{directory / 'optimizer.pt'} is damaged: {problem}")
-
-
-def load_newest(s, device, cuts):
-    """→ model, tokenizer and the content of optimizer.pt of the newest whole checkpoint in s.out. Raises InputError if
-    there is none, or if it is beyond s.steps."""
-    for directory in step_directories(s.out):
-        try:
-            read_settings(directory)
-            saved = read_optimizer(directory)
-            model, tokenizer = convert.load(directory, device, **cuts)
-            check_moments(saved["optimizer"]["state"], model, s, directory)
-        except (InputError, OSError) as e:
-            print(f"leaving out {directory.name}, trying the one before: {e}", file=sys.stderr)
-            continue
-        if saved["step"] > s.steps:
-            state = f"is at step {saved['step']} already, beyond --steps={s.steps}"
-            raise InputError(f"--resume: {s.out} {state}; start without --resume, or name another --out")
-        return model, tokenizer, saved
-    raise InputError(f"--resume: {s.out} holds no checkpoint; start without --resume, or name another --out")
-
-
-def load_first(s, device, cuts):
-    """→ model and tokenizer that a new run starts from."""
-    src = s.init
-    if dist.is_initialized():  # the first process fetches the model, the others wait
-        if rank() == 0:
-            src = convert.resolve(src)
-        dist.barrier()
-    model, tokenizer = convert.load(src, device, **cuts)
-    if s.gate_start:  # also where the checkpoint has a gate, such as one that was trained unlooped
-        model.gate.reset_parameters()
-    return model, tokenizer
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise InputError(f"another run is writing to {out}: name another --out") from None
+    except ImportError:
+        pass  # Windows
+    return file
 
 
 def setup(s):
@@ -330,18 +282,14 @@ def setup(s):
     device, dtype = convert.pick_device(s.device, s.dtype)
     torch.manual_seed(convert.valid_seed(s.seed))
     sharded = s.shard and world_size() > 1
-    load_on = device
-    if sharded:
-        load_on = "cpu"
-    cuts = {"encoder_layers": s.encoder_layers, "decoder_layers": s.decoder_layers, "gate_start": s.gate_start}
-    saved = None
-    if s.resume:
-        model, tokenizer, saved = load_newest(s, load_on, cuts)
-    else:
-        refuse_to_overwrite(s)
-        model, tokenizer = load_first(s, load_on, cuts)
-    if s.context > model.config.block_size:
-        raise InputError(f"--context={s.context} is more than the model's {model.config.block_size}: give at most that")
+    src = newest(s.out) if s.resume else s.init
+    cuts = (s.encoder_layers, s.decoder_layers, s.gate_start)
+    with first_process_first():
+        model, tokenizer = convert.load(src, "cpu" if sharded else device, torch.float32, *cuts)
+    if s.gate_start and not s.resume:  # also where the checkpoint has a gate, such as one that was trained unlooped
+        model.gate.reset_parameters()
+    longest = model.config.block_size
+    refuse(s.context > longest, f"--context={s.context} is more than the model's {longest}: give at most that")
     if sharded:
         shard(model, device, dtype)
     optimizer = make_optimizer(model, s)
@@ -353,65 +301,67 @@ def setup(s):
             block.forward = torch.compile(block.forward)
     if s.checkpointing:
         checkpoint_layers(fast)
-    run = Run(model, fast, optimizer, tokenizer, device, dtype, sharded)
-    if saved:
-        restore(run, saved)
+    run = Run(model, fast, optimizer, tokenizer, device, dtype, sharded, [])
+    if s.resume:
+        restore(run, s, src)
+    else:
+        run.files = [str(file.resolve()) for file in convert.find_files(s.data)]
     return run
 
 
-def restore(run, saved):
-    """Put the optimizer, and the number of steps, where a checkpoint left them. Rates are those of the settings."""
-    state = saved["optimizer"]["state"]
-    groups = run.optimizer.state_dict()["param_groups"]
-    if run.sharded:
+def restore(run, s, directory):
+    """Put the optimizer and the number of steps where a checkpoint left them. Rates are those of the settings."""
+    with convert.reading(f"{directory / 'optimizer.pt'} (without {directory.name}, --resume takes the one before)"):
+        saved = torch.load(directory / "optimizer.pt", map_location="cpu", weights_only=True)
+        state = saved["optimizer"]["state"]
         params = [p for group in run.optimizer.param_groups for p in group["params"]]
         for i, moments in state.items():
-            for name, x in moments.items():
-                if x.dim() > 0:
-                    moments[name] = share(x, params[i])
-    run.optimizer.load_state_dict({"state": state, "param_groups": groups})
-    run.step = saved["step"]
-    run.skipped = saved.get("skipped", 0)
+            refuse(moments["exp_avg"].shape != params[i].shape, f"it is of another model: parameter {i} differs")
+            if run.sharded:
+                for name in ("exp_avg", "exp_avg_sq"):
+                    moments[name] = distribute_tensor(moments[name], params[i].device_mesh, params[i].placements)
+        groups = run.optimizer.state_dict()["param_groups"]
+        run.optimizer.load_state_dict({"state": state, "param_groups": groups})
+        run.step = saved["step"]
+        run.skipped = saved["skipped"]
+        run.files = convert.read_json(directory / "settings.json")["files"]
+    refuse(run.step > s.steps, f"{s.out} is at step {run.step}, beyond --steps={s.steps}: nothing is left to resume")
 
 
 def save_checkpoint(run, s):
     """Write the run as it stands to s.out/step-…, and remove the checkpoints before the newest s.keep."""
-    out = Path(s.out)
-    directory = out / f"step-{run.step:07d}"
     weights = {name: whole(x) for name, x in run.model.state_dict().items()}
     optimizer = run.optimizer.state_dict()
     moments = {}  # a copy: the optimizer goes on with its own
     for i, of_parameter in optimizer["state"].items():
         moments[i] = {name: whole(x) for name, x in of_parameter.items()}
-    optimizer["state"] = moments
-    if rank() > 0:
+    if rank() > 0 or step_directory(s, run.step).exists():
         return
-    state = {"step": run.step, "skipped": run.skipped, "optimizer": optimizer}
-    with convert.all_or_nothing(directory) as unfinished:
+    state = {"step": run.step, "skipped": run.skipped, "optimizer": optimizer | {"state": moments}}
+    with convert.all_or_nothing(step_directory(s, run.step)) as unfinished:
         convert.write_checkpoint(run.model, run.tokenizer, unfinished, weights=weights)
-        (unfinished / "settings.json").write_text(json.dumps(asdict(s), indent=2), encoding="utf-8")
+        settings = json.dumps(asdict(s) | {"files": run.files}, indent=2)
+        (unfinished / "settings.json").write_text(settings, encoding="utf-8")
         torch.save(state, unfinished / "optimizer.pt")
-    if s.objective == "loop":
-        convert.remember(directory)
-    for old in sorted(out.glob(convert.STEP))[: -s.keep]:
-        convert.remove_checkpoint(old)
-    for unfinished in out.glob(f"{convert.STEP}.new-*"):  # what a crash in the middle of saving left
-        convert.remove_checkpoint(unfinished)
+    for old in checkpoints(s.out)[: -s.keep]:
+        remove_checkpoint(old)
+    for unfinished in Path(s.out).glob(f"{convert.STEP}.new-*"):  # what a crash in the middle of saving left
+        shutil.rmtree(unfinished, ignore_errors=True)
+
+
+def remove_checkpoint(directory):
+    """Delete what a run wrote into a directory, and the directory if it holds nothing else; never through a link."""
+    try:
+        if not directory.is_symlink():
+            for name in ("config.json", convert.WEIGHTS, "optimizer.pt", "settings.json", *convert.TOKENIZER_FILES):
+                (directory / name).unlink(missing_ok=True)
+            if not any(directory.iterdir()):
+                directory.rmdir()
+    except OSError as e:
+        print(f"{directory} stays: {e}", file=sys.stderr)
 
 
 # ---- One step
-def sequence_confidence_loss(confidence, right, known):
-    """L_Q with one target per sequence, Eq. 13: q of its last token against the share of its tokens that are right.
-    All arguments (B, T)."""
-    count = known.sum(dim=1)
-    share_right = (right & known).sum(dim=1) / count.clamp(min=1)
-    some = count > 0
-    return F.binary_cross_entropy_with_logits(precise(confidence[:, -1])[some], share_right[some])
-
-
-CONFIDENCE_LOSSES = {"token": token_confidence_loss, "sequence": sequence_confidence_loss}
-
-
 def supervised_losses(run, s, x, y, supervised):
     """The loss terms of a micro-batch: of each supervised pass in turn, or the one of the unlooped model."""
     if s.objective == "lm":
@@ -419,8 +369,7 @@ def supervised_losses(run, s, x, y, supervised):
         lm, _ = run.fast.loss(h, y)
         yield (lm,)
     else:
-        confidence_loss = CONFIDENCE_LOSSES[s.confidence]
-        yield from deep_supervision(run.fast, x, y, supervised, s.through, confidence_loss)
+        yield from deep_supervision(run.fast, x, y, supervised, s.span, CONFIDENCE_LOSSES[s.confidence])
 
 
 def train_step(run, s, tokens, signals):
@@ -433,30 +382,22 @@ def train_step(run, s, tokens, signals):
     supervised = supervised_passes(s, run.step)
     count = s.supervised if s.objective == "loop" else 1
     means = torch.zeros(3, device=run.device)
-    for i in range(rank(), s.accumulate, world_size()):
-        untouched = i == rank() or s.update == "batch"  # no weight has changed in this step
-        if untouched and summed(torch.tensor(len(signals))) > 0:
+    own = range(rank(), s.accumulate, world_size())
+    for i in convert.progress(own, f"step {run.step + 1}", len(own)):
+        if summed(torch.tensor(len(signals))) > 0:
             run.optimizer.zero_grad()
             return None
         x, y = (part.to(run.device) for part in batches[i])
         if learned[i] == 0:
-            y = y.clamp(min=0)  # its weight is 0: the loss must only be a number
+            y = y.clamp(min=0)  # its weight is 0: the loss must only be finite
         weight = learned[i] / max(1, sum(learned)) / count
         scale = weight
-        if s.update == "depth":
-            together = learned[i - rank() : i - rank() + world_size()]  # an update has one micro-batch per process
-            scale = learned[i] / max(1, sum(together))
         if run.sharded:
-            scale = scale * world_size()  # FSDP takes the mean over the processes
+            scale = weight * world_size()  # FSDP takes the mean over the processes
         for terms in supervised_losses(run, s, x, y, supervised):
             (sum(terms) * scale).backward()
             means[: len(terms)] += torch.stack(terms).detach() * weight
-            if s.update == "depth":
-                norm = optimizer_step(run, s)
-        convert.progress(f"step {run.step + 1}", i + 1, s.accumulate)
-    if s.update == "batch":
-        norm = optimizer_step(run, s)
-    return summed(means).tolist()[: len(terms)], norm
+    return summed(means).tolist()[: len(terms)], optimizer_step(run, s)
 
 
 def optimizer_step(run, s):
@@ -473,7 +414,7 @@ def optimizer_step(run, s):
     if math.isfinite(norm):
         rate = learning_rate(s, run.step)
         for group in run.optimizer.param_groups:
-            group["lr"] = rate * s.new_lr if group["new"] else rate
+            group["lr"] = rate * s.new_lr_factor if group["new"] else rate
         run.optimizer.step()
         run.skipped = 0
         if run.fast is not run.model:
@@ -493,13 +434,13 @@ def step_flops(model, s, supervised):
     the last supervised one run forward, and those with gradient also backward. Each supervised pass has a decoder
     forward and backward, and one forward for the loss before it. What is run again in backward does not count."""
     layer = 2 * matrix_weights(model.reasoning[0]) + 2 * s.context * model.config.n_head * model.config.head_dim
-    tracked = {b - i for b in supervised for i in range(s.through)}
+    tracked = {b - i for b in supervised for i in range(s.span)}
     if s.objective == "lm":
-        encoders, passes, gates, decoders = 3, 3, 0, 3
+        encoders = passes = decoders = 3
+        gates = 0
     else:
         encoders = 3 if s.trains == "all" and 0 in tracked else 1
-        passes = max(supervised) + 1 + 2 * sum(b >= 0 for b in tracked)
-        gates = passes
+        gates = passes = max(supervised) + 1 + 2 * sum(b >= 0 for b in tracked)
         decoders = 4 * len(supervised)
     layers = encoders * model.config.encoder_layers + passes * model.config.reasoning_layers
     layers += decoders * model.config.decoder_layers
@@ -512,120 +453,102 @@ def matrix_weights(module):
 
 
 # ---- The log
-def finite(x):
-    """x, or None where it is no number: JSON has no word for that."""
-    return x if math.isfinite(x) else None
+def rounded(x):
+    """x to seven digits; None where it is not finite: JSON has no word for that."""
+    return float(f"{x:.7g}") if math.isfinite(x) else None
 
 
-class Log:
-    """Lines on standard output, and the same in log.jsonl in s.out. Only the first process writes."""
-
-    def __init__(self, run, s):
-        path = Path(s.out, "log.jsonl") if rank() == 0 else os.devnull
-        Path(s.out).mkdir(parents=True, exist_ok=True)
-        self.file = open(path, "a", buffering=1, encoding="utf-8")
-        self.width = len(str(s.steps))
-        self.peak = best_product(run.device, run.dtype) * world_size()
-        self.first_step = self.last_step = run.step
-        self.begun = time.time()
-        self.flops = 0  # of the steps since the last line
-        self.seconds = 0.0  # spent on them
-
-    def write(self, step, values):
-        words = []
-        record = {"step": step}
-        for name, value in values.items():
-            record[name] = value
-            if isinstance(value, float):
-                record[name] = finite(value)
-                value = f"{value:.5g}"
-            words.append(f"{name} {value}")
-        print(f"step {step:>{self.width}}  " + "  ".join(words), flush=True)
-        self.file.write(json.dumps(record) + "\n")
-
-    def training(self, run, s, terms, norm):
-        """A line: the losses of the last step, and the speed of all steps since the last line. mfu: their operations,
-        over their time, over the best product."""
-        tokens = (run.step - self.last_step) * s.accumulate * s.batch * s.context
-        pace = (time.time() - self.begun) / (run.step - self.first_step)
-        values = dict(zip(("lm", "mono", "q"), terms))
-        values["lr"] = learning_rate(s, run.step - 1)
-        values["grad_norm"] = norm
-        values["left_out"] = run.skipped
-        values["tokens_per_second"] = tokens / self.seconds
-        values["mfu"] = self.flops / self.seconds / self.peak
-        values["seconds_left"] = int(pace * (s.steps - run.step))
-        self.write(run.step, values)
-        self.last_step = run.step
-        self.flops = 0
-        self.seconds = 0.0
+def write_log(run, s, values):
+    """A line on standard output, and the same in log.jsonl in s.out. Only the first process writes."""
+    record = {"step": run.step} | values
+    print("  ".join(f"{name} {value}" for name, value in record.items()), flush=True)
+    if rank() == 0:
+        with open(Path(s.out, "log.jsonl"), "a", encoding="utf-8") as file:
+            file.write(json.dumps(record) + "\n")
 
 
-def evaluate(run, s, held_out, log):
+def log_step(run, s, terms, norm, seconds):
+    """The losses of the step that is done, and its speed."""
+    values = dict(zip(("lm", "mono", "q"), map(rounded, terms)))
+    values["lr"] = rounded(learning_rate(s, run.step - 1))
+    values["grad_norm"] = rounded(norm)
+    values["left_out"] = run.skipped
+    values["tokens_per_second"] = round(s.accumulate * s.batch * s.context / seconds)
+    values["seconds_left"] = round(seconds * (s.steps - run.step))
+    write_log(run, s, values)
+
+
+def evaluate(run, s, held_out):
     """Write the held-out loss at each depth to the log."""
     depths = [0] if s.objective == "lm" else [0, 1, 2, 4, 8]
     losses = depth_losses(run.fast, held_out, depths, s.batch)
-    log.write(run.step, {"held_out": {depth: finite(round(loss, 5)) for depth, loss in losses.items()}})
+    write_log(run, s, {"held_out": {depth: rounded(loss) for depth, loss in losses.items()}})
 
 
 # ---- The loop
+@contextmanager
+def noted(signals):
+    """Ctrl-C and SIGTERM during a step, or while it is saved, are noted and do not interrupt."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda number, _: signals.append(number))
+    try:
+        yield
+    finally:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, signal.default_int_handler)
+
+
 def train(s):
     """One run of `s` from s.init to a checkpoint in s.out/step-…; → the directory of that checkpoint."""
+    begun = time.time()
     check(s)
-    run = setup(s)
-    tokens, held_out = convert.load_data(s.data, s.val, run.tokenizer)
-    count_windows(tokens, s.context, "training")  # raises InputError if there is nothing to learn in them
-    held_out = windows(held_out, s.context, s.eval_tokens)
-    log = Log(run, s)
-    cuts = " + ".join(str(len(stack)) for stack in (run.model.encoder, run.model.reasoning, run.model.decoder))
-    place = f"{world_size()} × {run.device}, {run.dtype}"
-    print(f"{s.objective}: {cuts} layers, {len(tokens):,} tokens, {place}, to {s.out}", flush=True)
-    warn_of_long_run(run, s, log)
+    with lock(s.out):
+        run = setup(s)
+        with first_process_first():
+            tokens, held_out = convert.load_data(run.files, s.val, run.tokenizer)
+        convert.windows(tokens, s.context, len(tokens))  # raises InputError if there is nothing to learn in them
+        held_out = convert.windows(held_out, s.context, s.eval_tokens)
+        cuts = " + ".join(str(len(stack)) for stack in (run.model.encoder, run.model.reasoning, run.model.decoder))
+        place = f"{world_size()} × {run.device}, {run.dtype}"
+        print(f"{s.objective}: {cuts} layers, {len(tokens):,} tokens, {place}, to {s.out}", flush=True)
+        take_all_steps(run, s, tokens, held_out)
+    print(f"{s.objective}: {(time.time() - begun) / 60:.1f} minutes, written to {last_checkpoint(s)}", flush=True)
+    return last_checkpoint(s)
 
+
+def take_all_steps(run, s, tokens, held_out):
+    """Take the steps that are left. A signal ends the program: what is done is saved, and a line says how to go on."""
     signals = []
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda number, _: signals.append(signal.Signals(number).name))
-    while run.step < s.steps:
-        if run.step % s.eval_every == 0:
-            evaluate(run, s, held_out, log)
-        begun = time.time()
-        done = train_step(run, s, tokens, signals)
-        if done is None:
-            leave(run, s, log, signals)
-        log.seconds += time.time() - begun
-        log.flops += step_flops(run.model, s, supervised_passes(s, run.step))
-        run.step += 1
-        if run.step % s.log_every == 0 or run.step in (log.first_step + 1, s.steps) or run.skipped:
-            log.training(run, s, *done)
-        if run.step % s.eval_every == 0 or run.step == s.steps:
-            save_checkpoint(run, s)
-    signal.signal(signal.SIGINT, signal.default_int_handler)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
-
-    evaluate(run, s, held_out, log)
-    directory = last_checkpoint(s)
-    spent = f"{(time.time() - log.begun) / 60:.1f} minutes, peak memory {convert.peak_memory(run.device):.2f} GB"
-    print(f"{s.objective}: {spent}, written to {directory}", flush=True)
-    return directory
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends an evaluation as Ctrl-C does
+    try:
+        while run.step < s.steps:
+            if run.step % s.eval_every == 0:
+                evaluate(run, s, held_out)
+            with noted(signals):
+                take_step(run, s, tokens, signals)
+        evaluate(run, s, held_out)
+    except KeyboardInterrupt:
+        going_on = "nothing is saved yet"
+        with noted(signals):
+            if run.step > 0:
+                save_checkpoint(run, s)
+                going_on = f"--resume --out={s.out} goes on"
+        print(f"stopped by a signal after step {run.step}; {going_on}", file=sys.stderr, flush=True)
+        os._exit(1)
 
 
-def warn_of_long_run(run, s, log):
-    """Say how long the run will take at half of the device's best product, if that is more than a day."""
-    drawn = supervised_passes(s, run.step)
-    days = step_flops(run.model, s, drawn) * (s.steps - run.step) / (0.5 * log.peak) / 86400
-    if days > 1:
-        shorter = "--steps=200 --accumulate=1 --context=256 --max_loops=6 --supervised=2 --warmup=20"
-        print(f"This will take about {days:,.0f} days on this device. Short enough to try: {shorter}", flush=True)
-
-
-def leave(run, s, log, signals):
-    """Save what is done, and end the program with one line that says who stopped it."""
-    if run.step > log.first_step:
+def take_step(run, s, tokens, signals):
+    """Step run.step with its line of the log, and its checkpoint where one is due. KeyboardInterrupt: a signal came,
+    and the step has not begun."""
+    begun = time.time()
+    done = train_step(run, s, tokens, signals)
+    if not done:
+        raise KeyboardInterrupt
+    run.step += 1
+    if run.step % s.log_every == 0 or run.step in (1, s.steps) or run.skipped:
+        log_step(run, s, *done, time.time() - begun)
+    if run.step % s.eval_every == 0 or run.step == s.steps:
         save_checkpoint(run, s)
-    if rank() > 0:
-        sys.exit(1)
-    name = signals[0] if signals else "another process"
-    sys.exit(f"stopped by {name} after step {run.step}; --resume --out={s.out} goes on")
 
 
 # ---- The whole story, without --init: linked lists
@@ -660,12 +583,9 @@ def write_lists(path, count, lengths, seed):
     if path.exists():
         return
     chance = np.random.default_rng(seed)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_suffix(f".{os.getpid()}")
-    with open(unfinished, "w", encoding="utf-8") as file:
-        for i in range(count):
-            file.write(json.dumps(list_document(chance, lengths[i % len(lengths)])) + "\n")
-    unfinished.replace(path)
+    lines = [json.dumps(list_document(chance, lengths[i % len(lengths)])) + "\n" for i in range(count)]
+    with convert.all_or_nothing(path.parent) as unfinished:
+        (unfinished / path.name).write_text("".join(lines), encoding="utf-8")
 
 
 def list_tokenizer():
@@ -683,33 +603,33 @@ def write_untrained(directory, context, seed):
     tokenizer = list_tokenizer()
     gpt2 = dict(model_type="gpt2", architectures=["GPT2LMHeadModel"], layer_norm_epsilon=1e-5)
     gpt2.update(vocab_size=tokenizer.n_vocab, n_positions=context, n_layer=4, n_embd=64, n_head=2, n_inner=128)
-    _, values = convert.read_family(gpt2, directory)
+    _, values, _ = convert.read_family(gpt2)
     model = LoopUS(Config(**values))
     for name, p in model.named_parameters():
         if name.endswith("bias"):
-            torch.nn.init.zeros_(p)
+            p.data.zero_()
         elif name.startswith(("wte", "wpe")):
-            torch.nn.init.normal_(p, std=0.5)
+            p.data.normal_(std=0.5)
         elif p.dim() > 1:
             into_stream = name.endswith(("out.weight", "down.weight"))
-            torch.nn.init.normal_(p, std=(0.3 if into_stream else 1.0) * p.size(1) ** -0.5)
+            p.data.normal_(std=(0.3 if into_stream else 1.0) * p.size(1) ** -0.5)
     model.reset_new_parameters()
     convert.save(model, tokenizer, directory, "hf")
 
 
 def list_trainings(out, given):
     """Write the documents and the untrained model to `out`, unless they are there. → the Settings of three trainings,
-    with the flags that were `given`: the base on short chains; the loop, made of it, on long ones; and the unlooped
-    control on the same ones, for as many steps."""
+    with the flags that were `given`: the base on short chains; the unlooped control, made of it, on long ones; and the
+    loop on the same ones, for as many steps."""
     context = len(SLOTS) + 2 * QUESTIONS + 1  # one document and its end
     short, long, held_out = (out / f"{name}.jsonl" for name in ("short", "long", "held_out"))
     write_lists(short, 20_000, [1, 2], 1)
     write_lists(long, 40_000, [3, 4, 8], 2)
     write_lists(held_out, 300, [8], 3)
     defaults = dict(
-        data=str(long), val=str(held_out), batch=64, accumulate=1, context=context, steps=600, lr=2e-3, new_lr=1.0,
-        warmup=50, max_loops=8, supervised=1, through=8, trains="all", encoder_layers=1, decoder_layers=1,
-        log_every=50, eval_every=10**9, eval_tokens=4096, dtype="fp32",
+        data=str(long), val=str(held_out), batch=64, accumulate=1, context=context, steps=600, lr=2e-3,
+        new_lr_factor=1.0, warmup=50, max_loops=8, supervised=1, span=8, trains="all", encoder_layers=1,
+        decoder_layers=1, log_every=50, eval_every=10**9, eval_tokens=4096, dtype="fp32",
     )  # fmt: skip
     s = Settings(**defaults | given)
     untrained = out / "untrained"
@@ -718,111 +638,81 @@ def list_trainings(out, given):
     base = replace(s, init=str(untrained), out=str(out / "base"), data=str(short), objective="lm")
     loop = replace(s, init=str(last_checkpoint(base)), out=str(out / "loop"))
     control = replace(loop, out=str(out / "control"), objective="lm")
-    return base, loop, control
+    return base, control, loop
 
 
 def last_checkpoint(s):
     """Where a run of `s` ends."""
-    return Path(s.out) / f"step-{s.steps:07d}"
+    return step_directory(s, s.steps)
 
 
 def story(given):
-    """Pretrain a small model on short chains, recast it, train the loop on long ones and the unlooped control, and
-    compare. `given` are the flags that were set. Raises InputError if they name another text."""
+    """Pretrain a small model on short chains, train it unlooped on long ones, recast it and train the loop on the same,
+    and compare. `given` are the flags that were set. Raises InputError if they name another text."""
     for name in ("data", "val", "objective", "context"):
-        if name in given:
-            raise InputError(f"--{name} without --init: name the model that is to be trained, such as --init=gpt2")
+        refuse(name in given, f"--{name} without --init: name the model that is to be trained, such as --init=gpt2")
     begun = time.time()
-    out = Path(given.pop("out", "out/story"))
-    device, _ = convert.pick_device(given.get("device", ""), given.get("dtype", ""))
-    base, loop, control = list_trainings(out, given)
+    base, control, loop = list_trainings(Path(given.pop("out", "out/story")), given)
     stage("1/3 pretrain a small model on chains of 1 and 2 links", base)
-    stage("2/3 recast it and train the loop on chains of 3, 4 and 8 links", loop)
-    stage("3/3 train the unlooped model on the same chains, for as many steps", control)
-    convert.remember(last_checkpoint(loop))  # also where the loop was done before
-    show_story(last_checkpoint(base), last_checkpoint(control), last_checkpoint(loop), device, Path(loop.val))
-    print(f"\nThat took {(time.time() - begun) / 60:.1f} minutes. Now ask it, or watch its answer form pass by pass:")
-    question = f'--prompt="{question_of(Path(loop.val), "5 links")}" --threshold=0.95'
-    print(f"python sample.py --max_new_tokens=1 {question}\npython sample.py --trace {question}")
-
-
-def question_of(path, kind):
-    """The first question of this kind in a file of lists, after what the slots hold."""
-    for _, document in convert.read_records(path):
-        if kind in document["kind"]:
-            question = document["prompt"][document["kind"].index(kind)]
-            held = document["prompt"][0].split()[: len(SLOTS)]
-            return f" {' '.join(held)} {question.split()[-1]}"
-    raise InputError(f"{path} has no question of {kind}: was it written by another version? Remove it")
-
-
-def show_story(base, control, loop, device, path):
-    """Print the share of right answers by links: of the base, the control, and the looped model at each depth."""
-    model, tokenizer = convert.load(loop, device)
-    documents = read_answers(path, tokenizer, model.config.block_size)
-    rows = {kind: {} for kind in sorted({answer.kind for _, answers in documents for answer in answers})}
-    for name, directory in (("base", base), ("control", control)):
-        unlooped, _ = convert.load(directory, device)
+    stage("2/3 train it unlooped on chains of 3, 4 and 8 links: the control", control)
+    stage("3/3 recast it and train the loop on the same chains, for as many steps", loop)
+    model, tokenizer = convert.load(last_checkpoint(loop))
+    documents = read_answers(Path(loop.val), tokenizer, model.config.block_size)
+    table = accuracy_by_kind(model, documents, [1, 2, 4, 8], Halt(threshold=0.95))
+    for name, s in (("control", control), ("base", base)):
+        unlooped, _ = convert.load(last_checkpoint(s))
         for kind, columns in accuracy_by_kind(unlooped, documents, [0]).items():
-            rows[kind][name] = columns[0]
-    for kind, columns in accuracy_by_kind(model, documents, [1, 2, 4, 8], Halt(threshold=0.95)).items():
-        rows[kind] |= columns
-    print_accuracy(rows)
+            table[kind] = {name: columns[0]} | table[kind]
+    print_accuracy(table)
+    tokens, answers = documents[0]
+    question = tokenizer.decode(tokens[: answers[0].start])
+    print(f"\nThat took {(time.time() - begun) / 60:.1f} minutes. Now watch an answer form pass by pass:")
+    print(f'python sample.py --trace --threshold=0.95 --prompt="{question}"')
 
 
 def stage(title, s):
     """Run `s`, or go on with it where it was broken off. Nothing is to be done where its last checkpoint is there."""
-    done = last_checkpoint(s)
-    if done.exists():
-        before = convert.read_json(done / "settings.json") | {"resume": s.resume}
-        if before != asdict(s):
-            raise InputError(f"{done} was trained with other settings: name another --out")
-        print(f"== {title}: done before, see {done}")
-        return
     print(f"== {title}")
-    train(replace(s, resume=bool(step_directories(s.out))))
+    done = last_checkpoint(s)
+    if not done.exists():
+        train(replace(s, resume=bool(checkpoints(s.out))))
+    elif (convert.read_json(done / "settings.json") | {"resume": False, "files": 0}) != asdict(s) | {"files": 0}:
+        raise InputError(f"{done} was trained with other settings: name another --out")
 
 
 # ---- The command line
 def resumed(given):
     """The flags of a run that goes on: those it was started with, then the given ones. Raises InputError if a given one
     cannot change in the middle of a run."""
-    for directory in step_directories(convert.expand(given.get("out", Settings.out))):
-        try:
-            settings = read_settings(directory)
-        except (InputError, OSError):
-            continue  # `load_newest` says so
-        for name in FIXED:
-            if name in given and given[name] != settings[name]:
-                state = f"--{name}={given[name]} cannot change in a resumed run, which has {settings[name]!r}"
-                raise InputError(f"{state}: leave it out, or start a new run with another --out")
-        return settings | given
-    return given
-
-
-def join_processes():
-    """Join the processes that torchrun has started. Raises InputError where its environment variables are no such, or
-    where the others do not come within JOIN."""
-    if "TORCHELASTIC_RUN_ID" not in os.environ:  # perhaps the variables are left over, and nobody else will come
-        print(f"{', '.join(LAUNCH)} are set: waiting for the other processes, {JOIN} at most", flush=True)
-    place = {name: os.environ.get(name) for name in (*LAUNCH, "LOCAL_RANK")}
-    try:
-        if torch.cuda.is_available():
-            local_rank = place["LOCAL_RANK"] or int(place["RANK"]) % torch.cuda.device_count()
-            torch.cuda.set_device(int(local_rank))
-        store, number, count = next(dist.rendezvous("env://", timeout=JOIN))
-        store.set_timeout(FETCH)
-        dist.init_process_group(store=store, rank=number, world_size=count)
-    except (ValueError, RuntimeError) as e:
-        stated = ", ".join(f"{name}={value}" for name, value in place.items())
-        raise InputError(f"{stated} do not start processes ({e!s:.120}): use torchrun, or unset them") from None
-    if rank() > 0:  # the first process speaks for all
-        sys.stdout = open(os.devnull, "w", encoding="utf-8")
+    directory = newest(given.get("out", Settings.out))
+    settings = convert.read_json(directory / "settings.json")
+    settings.pop("files", None)
+    with convert.reading(directory / "settings.json"):
+        Settings(**settings)
+        for setting in fields(Settings):
+            value = settings[setting.name]
+            refuse(type(value) is not setting.type, f"{setting.name} is {value!r}: expected {setting.type.__name__}")
+    for name in FIXED:
+        changed = given.get(name, settings[name]) != settings[name]
+        refuse(changed, f"--{name} cannot change in a resumed run, which has {settings[name]!r}: leave it out")
+    return settings | given
 
 
 LAUNCH = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")  # what torchrun sets, and leftovers of clusters seldom do
-JOIN = timedelta(minutes=5)  # in which all processes must have started
-FETCH = timedelta(minutes=30)  # for which they wait while the first one fetches the model; torch's default
+
+
+def join_processes():
+    """Join the processes that torchrun has started. Raises InputError where they do not come within five minutes, as
+    where its variables are left over from something else."""
+    print(f"{', '.join(LAUNCH)} are set: waiting for the other processes", flush=True)
+    with convert.reading("torchrun's variables (unset them to run in one process)"):
+        if torch.cuda.is_available():
+            torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
+        store, number, count = next(dist.rendezvous("env://", timeout=timedelta(minutes=5)))
+        store.set_timeout(timedelta(hours=12))  # in which the first process downloads and tokenises
+        dist.init_process_group(store=store, rank=number, world_size=count)
+    if rank() > 0:
+        sys.stdout = open(os.devnull, "w", encoding="utf-8")
 
 
 def main():
@@ -832,16 +722,20 @@ def main():
     if given.get("resume"):
         given = resumed(given)
     launched = set(LAUNCH) <= os.environ.keys()
-    if launched and not given.get("init") and not given.get("resume"):
-        problem = f"{', '.join(LAUNCH)} are set, but without --init train.py runs in one process"
-        raise InputError(f"{problem}: unset them, or give --init to torchrun")
-    if not given.get("init") and not given.get("resume"):
-        return story(given)
-    if not launched:
-        return train(Settings(**given))
-    join_processes()
-    train(Settings(**given))
-    os._exit(0)  # all is written; taking down the threads of torch.distributed sometimes ends in an abort
+    if launched:
+        join_processes()
+    if "init" in given:
+        device, _ = convert.pick_device(given.get("device", ""), "fp32")
+        if device.type == "cpu" and "recipe" not in given:
+            given["recipe"] = "short"
+            print(f"--recipe=short on a CPU (--recipe=paper for the paper's constants): {RECIPES['short']}")
+        train(Settings(**RECIPES[given.get("recipe") or "paper"] | given))
+    elif launched:
+        raise InputError(f"{', '.join(LAUNCH)} are set, but without --init train.py runs in one process: unset them")
+    else:
+        story(given)
+    if launched:
+        os._exit(0)  # all is written; taking down the threads of torch.distributed sometimes ends in an abort
 
 
 if __name__ == "__main__":

@@ -3,12 +3,13 @@ Which choices make passes count? The linked lists of `python train.py`, once for
 
     python tests/linked_lists.py --out=out/evidence --seeds=1,2,3    25 minutes of a core per seed; resumes
 
-Printed are tables of the share of right answers, mean ± standard deviation over the seeds, each a mean over the links
-of the chains asked for. Training sees chains of up to 8 links and up to 8 passes.
+Tables of the share of right answers, a mean over the links of the chains asked for, ± standard deviation over the
+seeds. Training sees chains of up to 8 links and up to 8 passes.
 """
 
 import sys
 from argparse import ArgumentParser
+from collections import defaultdict
 from dataclasses import replace
 from pathlib import Path
 from statistics import mean, stdev
@@ -21,38 +22,31 @@ from eval import accuracy_by_kind, read_answers  # noqa: E402
 from loopus import Halt  # noqa: E402
 
 DEPTHS = (1, 2, 4, 8, 12, 16)
-HALTS = [Halt(threshold=threshold) for threshold in (0.5, 0.6, 0.8, 0.9, 0.95, 0.98)]
-HALTS += [Halt("cdf", threshold) for threshold in (0.6, 0.9, 0.95, 0.98)]
-HALTS += [Halt("convergence", epsilon=epsilon) for epsilon in (3.0, 4.0, 5.0, 6.0)]
+HALTS = {f"confidence at least {share}": Halt("threshold", share) for share in (0.5, 0.6, 0.8, 0.9, 0.95, 0.98)}
+HALTS |= {f"cdf at least {share}": Halt("cdf", share) for share in (0.6, 0.9, 0.95, 0.98)}
+HALTS |= {f"a step of at most {length}": Halt("convergence", epsilon=length) for length in (3.0, 4.0, 5.0, 6.0)}
 SHOWN = Halt(threshold=0.95)
 
 
 def choices(out, seed):
     """{name: Settings} of all trainings of a seed, the base first."""
-    base, loop, _ = train.list_trainings(out, {"seed": seed})
-    control = replace(loop, objective="lm")
-    same_operations = loop.steps * operations(loop) / operations(control)
+    base, control, loop = train.list_trainings(out, {"seed": seed})
+    model, _ = convert.load(base.init, encoder_layers=1, decoder_layers=1)
+    of_loop = mean(train.step_flops(model, loop, [b]) for b in range(loop.max_loops))
+    same_operations = round(loop.steps * of_loop / train.step_flops(model, control, [0]))
     rows = {
-        "base": base,
         "control, as many steps": control,
-        "control, as many operations": replace(control, steps=round(same_operations)),
-        "span 1 (the paper's)": replace(loop, through=1),
-        "span 2 (its authors' code)": replace(loop, through=2),
-        "span 4": replace(loop, through=4),
+        "control, as many operations": replace(control, steps=same_operations),
+        "span 1 (the paper's)": replace(loop, span=1),
+        "span 2 (its authors' code)": replace(loop, span=2),
+        "span 4": replace(loop, span=4),
         "span 8: all passes": loop,
         "span 8, --gate_start=s4d": replace(loop, gate_start="s4d"),
         "span 8, --confidence=sequence": replace(loop, confidence="sequence"),
     }
-    for i, name in enumerate(rows):
-        if name != "base":
-            rows[name] = replace(rows[name], out=str(out / f"choice-{i}"))
-    return rows
-
-
-def operations(s):
-    """Floating-point operations of a step, the mean over the depths that can be drawn."""
-    model, _ = convert.load(Path(s.out).parent / "untrained", encoder_layers=1, decoder_layers=1)
-    return mean(train.step_flops(model, s, [b]) for b in range(s.max_loops))
+    for i, (name, s) in enumerate(rows.items(), start=1):
+        rows[name] = replace(s, out=str(out / f"choice-{i}"))
+    return {"base": base, **rows}
 
 
 def documents_of(out, links, tokenizer):
@@ -62,82 +56,74 @@ def documents_of(out, links, tokenizer):
     return read_answers(path, tokenizer, 1000)
 
 
-def share_right(model, documents, depths, halt=None, max_loops=8):
-    """{column: mean over the links of `accuracy_by_kind`}"""
-    by_links = accuracy_by_kind(model, documents, depths, halt, max_loops).values()
-    columns = {}
-    for name in next(iter(by_links)):
-        columns[name] = mean(row[name] for row in by_links)
-    return columns
+def share_right(model, documents, *arguments):
+    """{column: mean over the links of `accuracy_by_kind` with these arguments}"""
+    by_links = list(accuracy_by_kind(model, documents, *arguments).values())
+    return {name: mean(row[name] for row in by_links) for name in by_links[0]}
 
 
-def print_row(name, by_seed, names):
-    """One line: mean ± standard deviation over the seeds of each column."""
-    cells = []
-    for column in names:
-        values = [columns[column] for columns in by_seed if column in columns]
-        cell = ""
-        if values:
-            spread = stdev(values) if len(values) > 1 else 0.0
-            cell = f"{mean(values):.3f} ± {spread:.3f}"
-        cells.append(f" {cell:>13} |")
-    print(f"| {name:30} |" + "".join(cells), flush=True)
-
-
-def print_head(title, names):
+def print_table(title, names, rows):
+    """rows: {name: [{column: number} of each seed]}. Printed is the mean ± the standard deviation over the seeds."""
     print(f"\n{title}\n\n| {'':30} |" + "".join(f" {name:>13} |" for name in names))
     print("|---" * (1 + len(names)) + "|")
+    for row, by_seed in rows.items():
+        line = f"| {row:30} |"
+        for name in names:
+            values = [columns[name] for columns in by_seed if name in columns]
+            cell = ""
+            if values:
+                spread = stdev(values) if len(values) > 1 else 0.0
+                cell = f"{mean(values):.3f} ± {spread:.3f}"
+            line += f" {cell:>13} |"
+        print(line, flush=True)
 
 
 def print_choices(runs, documents):
-    names = [0, *DEPTHS, "exit", "passes"]
-    print_head("chains of 8 (a guess: 0.33), after each number of passes (0: unlooped), with exit at 0.95", names)
-    for name in runs[0]:
-        by_seed = []
-        for run in runs:
-            model, _ = convert.load(train.last_checkpoint(run[name]))
-            if run[name].objective == "lm":
-                by_seed.append(share_right(model, documents, [0]))
+    rows = defaultdict(list)
+    for run in runs:
+        for name, s in run.items():
+            model, _ = convert.load(train.last_checkpoint(s))
+            if s.objective == "lm":
+                rows[name].append(share_right(model, documents, [0]))
             else:
-                by_seed.append(share_right(model, documents, DEPTHS, SHOWN))
-        print_row(name, by_seed, names)
+                rows[name].append(share_right(model, documents, DEPTHS, SHOWN))
+    print_table("chains of 8 (a guess: 0.33); 0 passes: unlooped; exit at 0.95", [0, *DEPTHS, "exit", "passes"], rows)
 
 
 def print_halts(models, documents):
-    print_head("span 8, chains of 8: rules to stop, 8 passes at most", ["exit", "passes"])
-    for halt in HALTS:
-        setting = f"epsilon={halt.epsilon}" if halt.rule == "convergence" else f"threshold={halt.threshold}"
-        by_seed = [share_right(model, documents, [], halt) for model in models]
-        print_row(f"{halt.rule}, {setting}", by_seed, ["exit", "passes"])
+    rows = {}
+    for name, halt in HALTS.items():
+        rows[name] = [share_right(model, documents, [], halt) for model in models]
+    print_table("span 8, chains of 8: rules to stop after at most 8 passes", ["exit", "passes"], rows)
 
 
-def print_longer(models, out, tokenizer):
-    names = [*DEPTHS, "exit", "passes"]
-    print_head("span 8, chains of 12 (a guess among their ends: 0.50), 16 passes at most with exit", names)
-    documents = documents_of(out, 12, tokenizer)
-    by_seed = [accuracy_by_kind(model, documents, DEPTHS, SHOWN, 16) for model in models]
-    for kind in sorted(by_seed[0], key=lambda kind: int(kind.split()[0])):
-        print_row(kind, [by_links[kind] for by_links in by_seed], names)
+def print_longer(models, documents):
+    rows = defaultdict(list)
+    for model in models:
+        by_links = accuracy_by_kind(model, documents, DEPTHS, SHOWN, 16)
+        for kind in sorted(by_links, key=lambda kind: int(kind.split()[0])):
+            rows[kind].append(by_links[kind])
+    print_table("span 8, chains of 12 (a guess: 0.50): at most 16 passes with exit", [*DEPTHS, "exit", "passes"], rows)
 
 
 def main():
     parser = ArgumentParser(description=__doc__)
-    parser.add_argument("--out", default="out/evidence")
+    parser.add_argument("--out", type=Path, default="out/evidence")
     parser.add_argument("--seeds", default="1,2,3")
     given = parser.parse_args()
-    out = Path(given.out)
     runs = []
+    models = []  # of span 8
     for seed in given.seeds.split(","):
-        runs.append(choices(out / f"seed-{seed}", int(seed)))
-        for name, s in runs[-1].items():
+        run = choices(given.out / f"seed-{seed}", int(seed))
+        for name, s in run.items():
             train.stage(f"seed {seed}, {name}", s)
-    models = [convert.load(train.last_checkpoint(run["span 8: all passes"])) for run in runs]
-    tokenizer = models[0][1]
-    models = [model for model, _ in models]
-    documents = documents_of(out, 8, tokenizer)
+        model, tokenizer = convert.load(train.last_checkpoint(run["span 8: all passes"]))
+        models.append(model)
+        runs.append(run)
+    documents = documents_of(given.out, 8, tokenizer)
     print_choices(runs, documents)
     print_halts(models, documents)
-    print_longer(models, out, tokenizer)
+    print_longer(models, documents_of(given.out, 12, tokenizer))
 
 
 if __name__ == "__main__":

@@ -3,13 +3,11 @@ The linked lists as sentences, for a model that has learned to read: does loopin
 
     python tests/list_sentences.py --out=out/sentences    writes train.jsonl and held_out.jsonl there
 
-A document says whom each of twelve people asks or, where a chain ends, which colour somebody holds; then it names the
-colour that somebody is led to. With a tokenizer for which all these words are one token each, such as that of SmolLM2
-or GPT-2, a document and its end are CONTEXT tokens, so that --context=72 keeps documents whole.
+A document says whom each of twelve people asks or which colour they hold; then it names the colours to which six of
+them lead. Where each of these words is one token, as for SmolLM2 and GPT-2, --context=72 keeps documents whole.
 """
 
 import json
-import sys
 from argparse import ArgumentParser
 from pathlib import Path
 
@@ -18,7 +16,7 @@ import numpy as np
 PEOPLE = "Ann Bob Carl Dan Emma Frank Kate Lucy Mary Paul Sam Tom".split()
 COLOURS = "red blue green black white brown gold silver pink gray".split()
 QUESTIONS = 6  # per document
-CONTEXT = 4 * len(PEOPLE) + 4 * QUESTIONS
+CONTEXT = 4 * len(PEOPLE) + 4 * QUESTIONS  # tokens of a document and its end
 
 
 def document(chance, links):
@@ -28,10 +26,11 @@ def document(chance, links):
     sentences = []
     answers = {}
     for chain, colour in zip(chains.tolist(), colours.tolist()):
-        sentence = f" {chain[0]} holds {colour}."
+        does = f"holds {colour}"
         for distance, person in enumerate(chain, start=1):
-            sentences.append(sentence if distance == 1 else f" {person} asks {chain[distance - 2]}.")
+            sentences.append(f" {person} {does}.")
             answers[person] = (colour, f"{distance} links")
+            does = f"asks {person}"
     asked = chance.permutation(PEOPLE)[:QUESTIONS].tolist()
     prompts = [f". {person}:" for person in asked]
     prompts[0] = "".join(chance.permutation(sentences)) + prompts[0].removeprefix(".")
@@ -49,8 +48,8 @@ def write(path, count, lengths, seed):
 
 def main():
     parser = ArgumentParser(description=__doc__)
-    parser.add_argument("--out", default="out/sentences")
-    out = Path(parser.parse_args().out)
+    parser.add_argument("--out", type=Path, default="out/sentences")
+    out = parser.parse_args().out
     out.mkdir(parents=True, exist_ok=True)
     write(out / "train.jsonl", 20_000, [2, 3, 4], 1)
     write(out / "held_out.jsonl", 100, [4], 2)
@@ -58,4 +57,4 @@ def main():
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

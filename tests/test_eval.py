@@ -1,0 +1,310 @@
+"""eval.py: losses, accuracy, benchmarks and figures, each against plain calls of the model for one text alone."""
+
+import json
+import math
+import sys
+from collections import defaultdict
+from functools import partial
+from itertools import takewhile
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import GOLDEN, random_model
+from test_sample import refused
+
+import convert
+import eval as evaluation
+import train
+from eval import Column
+from loopus import RULES, Halt, InputError, early_exit
+
+TOKENIZER = convert.byte_tokenizer()  # one token per byte, <|endoftext|> as 256
+SMALL = ("--max_loops=3", "--context=24", "--tokens=96", "--batch=2", "--dtype=fp32", "--device=cpu")
+HALT = Halt(threshold=0.5)
+BASE, ONE, TWO, EXIT = COLUMNS = [Column("base", 0), Column("1", 1), Column("2", 2), Column("exit", 3, HALT)]
+each_column = pytest.mark.parametrize("column", COLUMNS, ids=lambda column: column.name)
+
+
+@pytest.fixture
+def looped(tmp_path):
+    """A looped checkpoint of random weights, 64 tokens of context, as a run leaves it."""
+    convert.save(random_model("gpt2"), TOKENIZER, tmp_path / "run" / "step-0000004")
+    return tmp_path / "run" / "step-0000004"
+
+
+@pytest.fixture
+def report(command):
+    def measure(*flags):  # → what eval.py prints with --json
+        code, out, err = command(evaluation, *SMALL, "--json", *flags)
+        assert code == 0, err
+        return json.loads(out)
+
+    return measure
+
+
+def write_lines(path, records):
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    return path
+
+
+@torch.no_grad()
+def plain_logits(model, tokens, column):
+    """Logits (T, V) after these tokens, and the passes of each, by one uncached call for them alone."""
+    idx = torch.tensor([tokens])
+    if column is not EXIT:
+        return model(idx, column.max_loops)[0], [column.max_loops] * len(tokens)
+    h, depth = early_exit(model, idx, column.max_loops, column.halt)
+    return model.decode(h)[0], depth[0].tolist()
+
+
+# ---- Losses and accuracy
+@torch.no_grad()
+def test_losses_perplexity_bits_per_byte_and_exit_are_those_of_plain_calls(report, command, looped, tmp_path):
+    model, _ = convert.load(looped)
+    records = [dict(prompt="x" * (7 * i % 11), completion=f"{i} is {i * i}") for i in range(40)]
+    data = write_lines(tmp_path / "data.jsonl", records)
+    x, y = convert.windows(convert.load_tokens([data], TOKENIZER), 24, 96)
+    flags = [f"--init={looped}", f"--data={data}", "--halt=convergence", "--epsilon=11"]
+    measured = report(*flags)
+    h, depth = early_exit(model, x, 3, Halt("convergence", epsilon=11.0))
+    learned = y >= 0
+    size = (learned & (y < 256)).sum().item()  # <|endoftext|> is no byte of the text
+    passes = depth[learned].float().mean().item()
+    assert [row["passes"] for row in measured["depths"]] == [0, 1, 2, 3, "exit"]
+    all_logits = [*(model(x, b) for b in range(4)), model.decode(h)]
+    for row, logits, mean in zip(measured["depths"], all_logits, (0, 1, 2, 3, passes)):
+        loss = F.cross_entropy(logits.flatten(0, 1), y.flatten()).item()
+        bits = loss / math.log(2) * learned.sum().item() / size
+        expected = dict(mean_passes=mean, loss=loss, perplexity=math.exp(loss), bits_per_byte=bits)
+        assert {name: row[name] for name in expected} == pytest.approx(expected, rel=1e-5)
+    histogram = torch.bincount(depth[learned], minlength=4)[1:].tolist()
+    assert measured["exit"] == dict(loss=pytest.approx(loss), mean_passes=pytest.approx(passes), histogram=histogram)
+    _, out, _ = command(evaluation, *SMALL, *flags)
+    assert f"{'exit':>8} {passes:6.2f} {loss:8.4f} {math.exp(loss):11.3f} {bits:10.4f}\n" in out
+
+
+def test_a_space_that_the_tokenizer_puts_in_front_is_no_byte_of_the_text():
+    pytest.importorskip("tokenizers")
+    tokenizer = convert.Tokenizer(json.loads((GOLDEN / "tokenizers" / "llama2.json").read_text(encoding="utf-8")))
+    ids = torch.tensor([[1, *tokenizer.encode("It is so.")]])
+    bits_per_byte = (ids.size(1) - 1) / len("It is so.") / math.log(2)
+    assert evaluation.bits_per_nat((ids[:, :-1], ids[:, 1:]), tokenizer) == pytest.approx(bits_per_byte)
+
+
+def test_accuracy_by_kind_is_that_of_plain_calls(report, looped, tmp_path):
+    model, _ = convert.load(looped)
+    records = [dict(text="no question", kind="a label of something else")]
+    expected = defaultdict(list)
+    for text in "abcdefghijklmnopqrstuvwxyz":
+        for more in (", ", "y"):  # after a character that is right after two passes, where that is of ASCII
+            likeliest = plain_logits(model, list(text.encode()), TWO)[0][-1].argmax().item()
+            text += (chr(likeliest) if 31 < likeliest < 127 else "?") + more
+        ids = list(text.encode())
+        records.append(dict(prompt=[text[0], ", "], completion=[text[1], text[4:]], kind=["easy", "hard"]))
+        for column in (ONE, TWO, EXIT):
+            logits, passes = plain_logits(model, ids, column)
+            right = logits[:-1].argmax(-1) == torch.tensor(ids[1:])
+            expected["easy", column.name].append(right[0].item())
+            expected["hard", column.name].append(right[3:].all().item())
+        expected["easy", "passes"].append(passes[0])
+        expected["hard", "passes"].append(np.mean(passes[3:5]))
+    flags = [f"--init={looped}", f"--data={write_lines(tmp_path / 'answers.jsonl', records)}", "--threshold=0.5"]
+    measured = report(*flags)["accuracy"]
+    assert 0 < measured["easy"]["2"] < 1 < measured["hard"]["passes"] < 3
+    for (kind, name), values in expected.items():
+        assert measured[kind][name] == pytest.approx(np.mean(values))
+
+
+def test_without_data_it_reads_what_training_held_out_of_the_files_that_it_had(report, command, checkpoint, tmp_path):
+    flags = "--steps=1 --batch=1 --accumulate=1 --context=24 --max_loops=2 --supervised=1 --eval_tokens=24".split()
+    (tmp_path / "data").mkdir()
+    text = checkpoint[1].rename(tmp_path / "data" / "text.txt")
+    assert command(train, f"--init={checkpoint[0]}", f"--data={tmp_path / 'data'}", *flags)[0] == 0
+    tokens = convert.load_tokens([text], TOKENIZER)
+    np.save(tmp_path / "held_out.npy", tokens[-(len(tokens) // 20) :])
+    (tmp_path / "data" / "more.txt").write_text("Written since then. " * 999)
+    measured = report()  # of the newest model below ./out
+    assert measured["init"] == "out/loop/step-0000001" and measured == report(f"--data={tmp_path / 'held_out.npy'}")
+
+
+def test_the_same_text_as_a_directory_a_glob_or_ids_has_the_same_losses(report, looped, checkpoint, tmp_path):
+    (tmp_path / "data").mkdir()
+    write_lines(tmp_path / "data" / "text.jsonl", [dict(text=checkpoint[1].read_text())])
+    np.save(tmp_path / "ids.npy", convert.load_tokens([checkpoint[1]], TOKENIZER))
+    np.load(tmp_path / "ids.npy").astype(np.uint16).tofile(tmp_path / "ids.bin")
+    expected = report(f"--init={looped}", f"--data={checkpoint[1]}")
+    for data in ("data", "data/*.jsonl", "ids.bin", "ids.npy"):
+        assert report(f"--init={looped}", f"--data={tmp_path / data}") == expected
+
+
+def test_answers_and_losses_that_cannot_be_measured_are_refused_in_one_line(command, looped, checkpoint, tmp_path):
+    good = dict(prompt="a", completion="b", kind=["x"])
+    for bad, words in ((dict(kind=["x", "y"]), "2 kinds of 1 answers"), (dict(prompt="a" * 64), "in 65 tokens")):
+        data = write_lines(tmp_path / "answers.jsonl", [good, good | bad] * 9)
+        refused(command(evaluation, *SMALL, f"--init={looped}", f"--data={data}"), "record 2", "answers.jsonl", words)
+    model = random_model("gpt2")
+    model.norm.weight.data[0] = torch.nan
+    convert.save(model, TOKENIZER, looped)
+    ended = command(evaluation, *SMALL, f"--init={looped}", f"--data={checkpoint[1]}")
+    refused(ended, "the loss after 0 passes is", "are the weights damaged?")
+
+
+# ---- Benchmarks
+def plain_score(model, context, continuation, column):
+    """The log-probability of a continuation, whether greedy decoding writes it, and the passes that it takes."""
+    logits, passes = plain_logits(model, (context + continuation)[-65:-1], column)
+    logits, targets = logits[-len(continuation) :], torch.tensor(continuation)
+    logprob = logits.log_softmax(-1).gather(1, targets[:, None]).sum().item()
+    return logprob, (logits.argmax(-1) == targets).all().item(), passes[-len(continuation) :]
+
+
+def plain_text(model, tokens, column):
+    """The six tokens at most that greedy decoding writes up to <|endoftext|>."""
+    written = []
+    for _ in range(6):
+        written.append(plain_logits(model, tokens + written, column)[0][-1].argmax().item())
+    return TOKENIZER.decode(takewhile(lambda token: token != 256, written))
+
+
+@pytest.mark.parametrize("batch", [1, 3, 100])
+@each_column
+def test_scores_and_passes_are_those_of_plain_calls(model, column, batch):
+    ids = TOKENIZER.encode
+    likeliest = plain_logits(model, ids("What is it?"), column)[0][-1].argmax().item()
+    pairs = [(ids("What is it?"), [likeliest]), (ids("What is it?"), [likeliest - 1]), (ids("Which"), ids(" one"))]
+    pairs += [(ids("0123456789" * 10), ids("its beginning is cut")), ([256], ids("all 64 tokens..." * 4))]
+    passes = []
+    scores = evaluation.score(model, pairs, column, batch, passes)
+    logprobs, greedy, depths = zip(*(plain_score(model, *pair, column) for pair in pairs))
+    assert tuple(flag for _, flag in scores) == greedy == (True, False, False, False, False)
+    assert [logprob for logprob, _ in scores] == pytest.approx(logprobs, abs=1e-4)
+    assert sorted(passes) == sorted(sum(depths, []))
+
+
+@each_column
+def test_the_harness_gets_texts_scored_in_windows_and_texts_written(column):
+    pytest.importorskip("lm_eval")
+    model = random_model()
+    scorer = evaluation.harness_model(evaluation.import_harness(), model, TOKENIZER, column, 2)
+    ids = TOKENIZER.encode("Once upon a time there was a cat. " * 5)
+    windows = [plain_score(model, [256, *ids[:start]], ids[start : start + 64], column) for start in (0, 64, 128)]
+    logprobs, _, passes = zip(*windows)
+    requests = [SimpleNamespace(args=(string,)) for string in (TOKENIZER.decode(ids), "")]
+    assert scorer.loglikelihood_rolling(requests) == pytest.approx([sum(logprobs), 0], abs=1e-3)
+    assert sorted(scorer.passes) == sorted(sum(passes, []))
+    limits = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")
+    contexts = ("Once", "0123456789" * 10, "", "In the end")  # one too long, one empty: after <|endoftext|>
+    requests = [SimpleNamespace(args=(context, {limit: 6})) for context, limit in zip(contexts, limits)]
+    texts = [plain_text(model, TOKENIZER.encode(context)[-58:] or [256], column) for context in contexts]
+    assert scorer.generate_until(requests) == texts
+    spaces = SimpleNamespace(args=(" ", "a cat"))  # which the harness moves to the continuation
+    assert scorer.loglikelihood([spaces])[0][0] == pytest.approx(plain_score(model, [256], list(b" a cat"), column)[0])
+
+
+def test_a_text_that_is_written_ends_before_the_first_string_that_is_to_end_it():
+    model = random_model()
+    text = plain_text(model, [97], BASE)
+    for until, end in ((["none"], 6), (["", text[4], text[2]], 2), (text[3:5], 3)):
+        assert evaluation.write(model, TOKENIZER, "a", dict(until=until, max_gen_toks=6), BASE) == text[:end]
+
+
+def test_what_cannot_be_scored_or_written_is_refused_in_one_line():
+    model = random_model()
+    for settings in (dict(do_sample=True, max_gen_toks=8), dict(temperature=0.5, max_gen_toks=8), dict(max_tokens=64)):
+        with pytest.raises(InputError, match="expected greedy decoding, within the context"):
+            evaluation.write(model, TOKENIZER, "a", settings, BASE)
+    with pytest.raises(InputError, match="an answer of 65 tokens.* 64"):
+        evaluation.score(model, [([1], [2] * 65)], BASE, 8, [])
+    model.lm_head.weight.data[3] = torch.nan
+    with pytest.raises(InputError, match="logits are not finite"):
+        evaluation.score(model, [([1], [2] * 64)], BASE, 8, [])
+
+
+def test_a_task_of_ones_own_is_measured_in_all_columns_as_by_plain_calls(report, looped, checkpoint, monkeypatch):
+    evaluator, tasks = map(pytest.importorskip, ("lm_eval.evaluator", "lm_eval.tasks"))
+    monkeypatch.setenv("HF_DATASETS_OFFLINE", "1")  # and without its own tasks, and what it says of the machine: slow
+    monkeypatch.setattr(tasks, "TaskManager", partial(tasks.TaskManager, include_defaults=False))
+    monkeypatch.setattr(evaluator, "add_env_info", lambda results: None)
+    choices = [" yes", " no", " maybe, maybe not"]
+    questions = [dict(text=f"Is {i} odd?", choices=choices, answer=i % 3) for i in range(7)]
+    files = dict(test=str(write_lines(looped / "test.jsonl", questions)))
+    files["train"] = str(write_lines(looped / "train.jsonl", [dict(text="Is it?", choices=choices, answer=1)]))
+    task = dict(task="odd", dataset_path="json", test_split="test", fewshot_split="train", target_delimiter="")
+    task |= dict(dataset_kwargs=dict(data_files=files), metric_list=[dict(metric="acc", aggregation="mean")])
+    task |= dict(output_type="multiple_choice", doc_to_text="{{text}}", doc_to_choice="choices", doc_to_target="answer")
+    (looped / "odd.yaml").write_text(json.dumps(task))
+    flags = [f"--init={looped},{checkpoint[0]}", "--tasks=odd", f"--include_path={looped}", "--limit=5"]
+    table, control = report(*flags, "--num_fewshot=1", "--threshold=0.5").values()
+    assert [list(table), list(control)] == [["base", "1", "2", "exit"], ["base"]]  # the control's loop is not trained
+    model, _ = convert.load(looped)
+    for column in COLUMNS:
+        right, passes = [], []
+        for question in questions[:5]:
+            context = TOKENIZER.encode("Is it? no\n\n" + question["text"])
+            scores = [plain_score(model, context, TOKENIZER.encode(choice), column) for choice in choices]
+            right.append(np.argmax([logprob for logprob, _, _ in scores]) == question["answer"])
+            passes += sum((depths for _, _, depths in scores), [])
+        assert table[column.name]["results"]["odd"]["acc,none"] == pytest.approx(np.mean(right))
+        assert table[column.name]["passes"] == pytest.approx(np.mean(passes))
+
+
+# ---- Figures
+@torch.no_grad()
+def test_each_figure_is_a_picture_and_its_numbers_are_those_of_plain_calls(command, looped, checkpoint, tmp_path):
+    image = pytest.importorskip("matplotlib.image")
+    log = [dict(step=0, held_out={"0": 3.0, "1": None}), dict(step=1, lm=3.5), dict(step=2, held_out={"0": 2.0})]
+    write_lines(looped.parent / "log.jsonl", log)
+    records = [dict(prompt=f"{i} {i} is ", completion="big", kind=["easy"]) for i in range(40)]
+    data = write_lines(tmp_path / "answers.jsonl", records)
+    flags = [f"--init={looped},{checkpoint[0]}", f"--data={data}", "--threshold=0.5", "--epsilon=11"]
+    code, printed, err = command(evaluation, *SMALL, "--figures=figures", *flags)
+    names = ["layers", "losses", "accuracy", "training", "states", "steps", "candidates", "passes"]
+    assert (code, printed.splitlines()) == (0, [f"figures/{name}.png" for name in names]), err
+    assert all(image.imread(f"figures/{name}.png").shape[:2] == (600, 900) for name in names)
+    figures = [json.loads((tmp_path / f"figures/{name}.json").read_text()) for name in names]
+    layers, losses, accuracy, training, states, steps, candidates, passes = figures
+    (model, _), (control, _) = convert.load(looped), convert.load(checkpoint[0])
+    x, y = convert.windows(convert.load_tokens([data], TOKENIZER), 24, 96)
+    depths = [0, 1, 2, 3]
+    distances = convert.layer_distances(model, convert.sample_text(model, TOKENIZER)).tolist()
+    assert layers["reasoning"] == [[1, 2, 3], distances[1:4]] and layers["decoder"] == [[4], distances[4:]]
+    h, depth = early_exit(model, x, 3, HALT)
+    logits = [*(model(x, b) for b in depths), model.decode(h), control(x, 0)]
+    *fixed, exit, unlooped = [F.cross_entropy(part.flatten(0, 1), y.flatten()).item() for part in logits]
+    assert losses["looped"] == [depths, pytest.approx(fixed)]
+    assert losses["exit"] == [[pytest.approx(depth[y >= 0].float().mean().item())], [pytest.approx(exit)]]
+    assert losses["control, unlooped"] == [[0, 3], [pytest.approx(unlooped)] * 2]
+    documents = evaluation.read_answers(data, TOKENIZER, 64)
+    assert accuracy["easy"] == [depths, list(evaluation.accuracy_by_kind(model, documents, depths)["easy"].values())]
+    assert training == {"0 passes": [[0, 2], [3.0, 2.0]], "1 passes": [[0], [None]]}
+    h = [model.encode(x[:1])]
+    for _ in range(3):
+        h.append(model.refine(h[-1]))
+    h = torch.cat(h)[:, 1:].double()  # without the first token
+    lengths = (h[1:] - h[:-1]).norm(dim=-1).mean(dim=-1)
+    assert steps["step length"] == [[1, 2, 3], pytest.approx((lengths / lengths[0]).tolist(), rel=1e-4)]
+    points = np.array([states[f"{b} passes"] for b in depths])  # (passes + 1, 2, T − 1)
+    variances = torch.linalg.svdvals((h - h.mean(dim=(0, 1))).flatten(0, 1))[:2] ** 2
+    assert np.einsum("bit,bjt->ij", points, points) == pytest.approx(np.diag(variances), rel=1e-3, abs=0.1)
+    probabilities = torch.stack([model(torch.tensor([list(b"0 0 is ")]), b)[0, -1].softmax(-1) for b in depths])
+    likeliest = probabilities.amax(dim=0).topk(6).indices
+    assert [line[1] for line in candidates.values()] == [pytest.approx(probabilities[:, i].tolist()) for i in likeliest]
+    for rule, line in zip(RULES, passes.values()):
+        depth = early_exit(model, x, 3, Halt(rule, 0.5, epsilon=11.0))[1]
+        assert line == [[1, 2, 3], torch.bincount(depth[y >= 0], minlength=4)[1:].tolist()]
+
+
+def test_without_questions_and_a_log_their_figures_are_left_out(command, looped, checkpoint):
+    pytest.importorskip("matplotlib")
+    _, out, _ = command(evaluation, *SMALL, f"--init={looped}", f"--data={checkpoint[1]}", "--figures=figures")
+    assert "accuracy" not in out and "training" not in out and out.count(".png\n") == 6
+
+
+def test_without_a_package_one_line_says_how_to_install_it(command, looped, monkeypatch):
+    monkeypatch.setitem(sys.modules, "lm_eval.api.model", None)
+    refused(command(evaluation, f"--init={looped}", "--tasks=piqa"), 'pip install ".[eval]"')
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    refused(command(evaluation, f"--init={looped}", "--figures=figures"), 'pip install ".[plots]"')

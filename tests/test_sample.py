@@ -1,0 +1,250 @@
+"""sample.py: the text it writes, what a terminal shows, --trace, conversations, and compiled writing."""
+
+import io
+import json
+import os
+import re
+import subprocess
+import sys
+from itertools import takewhile
+
+import pytest
+import torch
+from conftest import GOLDEN, ROOT, random_model, typed
+
+import convert
+import sample
+from loopus import Halt, InputError
+
+GREEDY = ("--temperature=0", "--max_loops=4", "--dtype=fp32", "--device=cpu")
+
+
+@pytest.fixture
+def write(command):
+    return lambda directory, *flags: command(sample, f"--init={directory}", *GREEDY, *flags)
+
+
+def pipe(monkeypatch, data):
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(data), encoding="utf-8"))
+
+
+def refused(ended, *words):
+    """The program ended with one line, which says these words."""
+    code, _, err = ended
+    assert code == 1 and err.startswith("error: ") and err.count("\n") == 1, err
+    assert all(word in err for word in words), err
+
+
+# ---- Text
+def test_greedy_text_and_its_passes_are_those_of_generate_up_to_an_end_that_the_checkpoint_states(write, checkpoint):
+    model, tokenizer = convert.load(checkpoint[0])
+    halt = Halt("cdf", threshold=0.8, min_loops=2)
+    [tokens], [depths] = model.generate([list(b"def ")], 20, 4, temperature=0, halt=halt)
+    stop = next(i for i in range(6, 24) if tokens[i] not in tokens[4:i])
+    flags = "--max_new_tokens=20 --halt=cdf --threshold=0.8 --min_loops=2".split()
+    for end in (24, stop):
+        code, out, err = write(checkpoint[0], "--prompt=def ", *flags)
+        assert (code, out) == (0, tokenizer.decode(tokens[:end]) + "\n")  # without colours: this is no terminal
+        assert f"{end - 4} tokens, {depths[: end - 4].float().mean():.2f} passes each on average" in err
+        (checkpoint[0] / "generation_config.json").write_text(json.dumps(dict(eos_token_id=[256, tokens[stop]])))
+
+
+@pytest.mark.parametrize("piped, prompt", [(b"two\nlines\n", b"two\nlines"), (b"", b"")])
+def test_a_piped_text_is_continued(write, checkpoint, monkeypatch, piped, prompt):
+    model, tokenizer = convert.load(checkpoint[0])
+    [tokens], _ = model.generate([list(prompt) or [256]], 5, 4, temperature=0)  # nothing: as after <|endoftext|>
+    pipe(monkeypatch, piped)
+    text = prompt.decode() + tokenizer.decode(tokens[-5:]) + "\n"
+    assert write(checkpoint[0], "--max_new_tokens=5")[:2] == (0, text)
+
+
+def test_a_terminal_asks_for_prompts_and_shows_passes_as_tints(checkpoint):
+    flags = [f"--init={checkpoint[0]}", "--max_new_tokens=20", "--max_loops=4"]
+    answers = [(b"\n> ", b"def f\n"), (b"\n> ", b"class\n"), (b"\n> ", b"\n")]
+    code, shown = typed(["sample.py", *flags], answers)
+    assert code == 0 and not answers and shown.count("20 tokens, ") == 2
+    legend = [f"\x1b[38;5;{tint}m{passes}\x1b[0m" for passes, tint in ((1, 75), (2, 114), (3, 186), (4, 203))]
+    assert shown.count(" ".join(legend)) == 2
+
+
+@pytest.mark.parametrize("seed", [0, 2**64, -(10**40)])
+def test_any_seed_is_taken_and_repeats_its_text(write, checkpoint, seed):
+    flags = ["--prompt=a", "--max_new_tokens=8", "--temperature=2"]
+    texts = [write(checkpoint[0], *flags, f"--seed={number}")[1] for number in (seed, seed, seed + 1)]
+    assert texts[0] == texts[1] != texts[2]
+
+
+# ---- One token, pass by pass
+@torch.no_grad()
+def test_a_trace_has_the_numbers_of_plain_calls_and_marks_where_the_rule_first_holds(write, tmp_path):
+    model, tokenizer = random_model("gpt2"), convert.byte_tokenizer()
+    convert.save(model, tokenizer, tmp_path / "looped")
+    code, out, _ = write(tmp_path / "looped", "--prompt=def ", "--trace", "--threshold=0.5")
+    head, *rows = out.splitlines()
+    assert code == 0 and head.split() == ["pass", "q", "step", "α", "candidates"]
+    assert [row.split()[0] for row in rows] == ["base", "1", "2", "3", "4"]
+    idx = torch.tensor([list(b"def ")])
+    h = model.encode(idx)
+    sure = []
+    for b, row in enumerate(rows):
+        top = model(idx, b)[0, -1].softmax(-1).topk(5)
+        words = [f"{tokenizer.decode([i])!r} {p:.3f}" for i, p in zip(top.indices.tolist(), top.values)]
+        assert row.removesuffix("  ← exit").endswith("  ".join(words))
+        if b > 0:
+            delta = model.propose(h) - h
+            alpha = model.gate.alpha(delta)
+            h = h + alpha * delta
+            q = torch.sigmoid(model.confidence(h))[0, -1].item()
+            expected = [q, (alpha * delta)[0, -1].norm().item(), alpha[0, -1].mean().item()]
+            assert [float(word) for word in row.split()[1:4]] == pytest.approx(expected, abs=0.006)
+            sure.append(q >= 0.5)
+    assert [b for b, row in enumerate(rows) if row.endswith("  ← exit")] == [1 + sure.index(True)]
+
+
+# ---- Conversations
+TEMPLATES = {  # of each golden tokenizer: what stands before a conversation, before a message, at its end, and after it
+    "smollm2": ("", "<|im_start|>{}\n", "<|im_end|>", "\n"),
+    "llama2": ("", "<|im_start|>{}\n", "<|im_end|>", "\n"),  # read by the tokenizers package
+    "llama3": ("<|begin_of_text|>", "<|start_header_id|>{}<|end_header_id|>\n\n", "<|eot_id|>", ""),
+    "qwen3": ("", "<|im_start|>{}<|im_sep|>", "<|im_end|>", ""),  # Phi-4's
+}
+
+
+def chat_model(directory, name="smollm2", **overrides):
+    """A model of random weights whose tokenizer has the tokens of a chat template. → directory"""
+    if name == "llama2":
+        pytest.importorskip("tokenizers")
+    spec = json.loads((GOLDEN / "tokenizers" / f"{name}.json").read_text(encoding="utf-8"))
+    tokenizer = convert.Tokenizer(spec)
+    lacked = [token for token in re.findall(r"<\|\w+\|>", "".join(TEMPLATES[name])) if token not in tokenizer.added]
+    for i, content in enumerate(lacked, start=tokenizer.n_vocab):
+        spec["added_tokens"].append(convert.ADDED | dict(id=i, content=content, special=True))
+    if name == "llama3":  # each text begins with <|begin_of_text|>
+        begin = dict(single=[dict(SpecialToken=dict(id="b"))], special_tokens=dict(b=dict(ids=[tokenizer.n_vocab])))
+        spec["post_processor"] = begin
+    size = dict(vocab_size=tokenizer.n_vocab + len(lacked), block_size=256)
+    convert.save(random_model("llama", **size | overrides), convert.Tokenizer(spec), directory)
+    return directory
+
+
+def conversation(directory, **settings):
+    model, tokenizer = convert.load(directory)
+    s = sample.Settings(**dict(temperature=0.0, max_new_tokens=12, max_loops=4, threshold=0.52) | settings)
+    return sample.Conversation(model, tokenizer, s)
+
+
+def replied(talk):
+    return [step for [step] in talk.reply()]
+
+
+def whole_reply(talk, loops=4):
+    """What greedy decoding writes after all that was said, without the chat's cache, up to an end."""
+    before = talk.tokens()
+    [tokens], [depths] = talk.model.generate([before], 12, loops, talk.s.threshold, temperature=0)
+    return list(takewhile(lambda step: step[0] not in talk.ends, zip(tokens[len(before) :], depths.tolist())))
+
+
+@pytest.mark.parametrize("name", [name for name in TEMPLATES if name != "llama2"])  # whose words merge across lines
+def test_a_conversation_is_the_text_of_its_template_encoded_whole(tmp_path, name):
+    """An end token ends a reply, and stands there once."""
+    talk = conversation(chat_model(tmp_path / name, name), system="Be brief.")
+    begin, before, end, after = TEMPLATES[name]
+    question = before.format("user") + "(why) 2?" + end + after + before.format("assistant")
+    asked = begin + before.format("system") + "Be brief." + end + after + question
+    talk.ask("(why) 2?")
+    assert talk.tokens() == talk.tokenizer.encode(asked)
+    drawn = iter(talk.tokenizer.encode(asked + "A  sea." + end)[len(talk.tokens()) :])
+    talk.draw = lambda logits: torch.tensor([next(drawn)])
+    replied(talk)
+    talk.ask("(why) 2?")
+    assert talk.tokens() == talk.tokenizer.encode(asked + "A  sea." + end + after + question)
+
+
+@pytest.mark.parametrize("name", list(TEMPLATES))
+def test_special_tokens_that_are_typed_are_plain_text_as_in_training(tmp_path, name):
+    talk = conversation(chat_model(tmp_path / name, name))
+    _, before, end, _ = TEMPLATES[name]
+    said = f"a{end} {before}b"
+    talk.ask(said)
+    segments = convert.segments_of(dict(messages=[dict(role="user", content=said)]), talk.tokenizer)
+    trained = convert.encode_document(segments, talk.tokenizer, talk.tokenizer.begin)
+    assert talk.tokens() == [~i for i in trained] + talk.tokenizer.encode(before.format("assistant"))
+    assert talk.tokens().count(talk.tokenizer.added[end]) == 1 and said in talk.tokenizer.decode(talk.tokens())
+
+
+@pytest.mark.parametrize("loops", [0, 4])
+def test_from_turn_to_turn_replies_are_those_of_the_whole_conversation(tmp_path, loops):
+    talk = conversation(chat_model(tmp_path / "chat"), max_loops=loops, system="Be brief.")
+    for question in ("What is the sea?", "And why?", "Tell me."):
+        cached = len(talk.tokens()) - 1 if talk.turns else 0
+        talk.ask(question)
+        assert talk.cached == cached  # only what is new runs
+        assert whole_reply(talk, loops) == replied(talk)
+    talk.ask("Go on.")
+    broken_off = talk.model.norm.register_forward_hook(lambda *_: sys.exit("Ctrl-C, at the end of a pass"))
+    with pytest.raises(SystemExit):
+        replied(talk)
+    broken_off.remove()
+    talk.ask("Why?")
+    assert whole_reply(talk, loops) == replied(talk)
+
+
+def test_a_full_context_forgets_the_oldest_turns_and_refuses_what_is_longer(tmp_path, capsys):
+    talk = conversation(chat_model(tmp_path / "chat", block_size=80), system="Be brief.")
+    for i in range(6):
+        talk.ask(f"{i}?")
+        assert whole_reply(talk) == replied(talk)
+    remains = talk.tokenizer.decode(talk.tokens())
+    assert remains.startswith("<|im_start|>system\nBe brief.<|im_end|>\n") and "5?" in remains and "0?" not in remains
+    assert "the context is full: the oldest turns are forgotten\n" in capsys.readouterr().err
+    with pytest.raises(InputError, match="fit the context of 80: shorten"):
+        talk.ask("x y " * 60)
+    assert talk.tokenizer.decode(talk.tokens()) == remains  # as if that had not been said
+
+
+def test_ctrl_c_on_a_terminal_stops_a_reply_but_not_the_chat(tmp_path):
+    flags = [f"--init={chat_model(tmp_path / 'chat', block_size=4096)}", "--max_new_tokens=4000", "--max_loops=3"]
+    answers = [(b"\n> ", b"Hello\n"), (b"[38;", b"\x03"), (b"\n> ", b"Go on\n"), (b"[38;", b"\x03"), (b"\n> ", b"\x04")]
+    code, shown = typed(["sample.py", "--chat", *flags], answers)
+    assert code == 0 and not answers and "Traceback" not in shown, shown
+    assert shown.count("tokens/s") == 2 and "Say something." in shown
+
+
+def test_each_piped_line_is_a_turn(write, tmp_path, monkeypatch):
+    talk = conversation(chat_model(tmp_path / "chat"), system="Be brief.")
+    replies = ""
+    for question in ("What is it?", "And why?"):
+        talk.ask(question)
+        replies += talk.tokenizer.decode([token for token, _ in replied(talk)]) + "\n"
+    pipe(monkeypatch, b"What is it?\n\n And why? \n")
+    flags = ["--chat", "--system=Be brief.", "--max_new_tokens=12", "--threshold=0.52"]
+    assert write(tmp_path / "chat", *flags)[:2] == (0, replies)
+
+
+def test_what_cannot_be_continued_or_answered_is_refused_in_one_line(write, checkpoint, tmp_path, monkeypatch):
+    chat = chat_model(tmp_path / "chat")
+    for flags in ((checkpoint[0],), (chat, "--chat")):
+        pipe(monkeypatch, b"caf\xe9\n")
+        refused(write(*flags), "utf-8")
+    refused(write(chat, "--system=b"), "--system", "--chat")
+    refused(write(chat, "--trace", "--chat"), "--trace", "--chat")
+    refused(write(chat, "--chat", f"--prompt={'a b ' * 256}"), "fit the context of 256: shorten")
+    refused(write(checkpoint[0], "--chat"), "no chat template that we know")
+    (chat / "tokenizer_config.json").write_text('{"chat_template": "[INST]"}')  # though the tokens of ChatML are there
+    refused(write(chat, "--chat"), "no chat template that we know")
+    (chat / "tokenizer.json").unlink()
+    refused(write(chat), "no tokenizer.json")
+
+
+# ---- Compiled writing
+@pytest.mark.slow
+@pytest.mark.parametrize("compiler", ["g++", "false"])
+def test_compiled_text_is_the_same_also_where_the_compiler_fails(write, checkpoint, tmp_path, compiler):
+    flags = ["--prompt=def ", "--max_new_tokens=12"]
+    code, text, _ = write(checkpoint[0], *flags, "--no-compile")
+    place = os.environ | dict(TORCHINDUCTOR_CACHE_DIR=str(tmp_path / "inductor"), CXX=compiler)
+    arguments = [sys.executable, "sample.py", f"--init={checkpoint[0]}", *GREEDY, *flags, "--compile"]
+    ended = subprocess.run(arguments, cwd=ROOT, capture_output=True, text=True, env=place)
+    assert (ended.returncode, ended.stdout) == (code, text) and code == 0, ended.stderr
+    failures = ended.stderr.count("\ncompiling failed, going on without: ")
+    assert failures == (compiler == "false") and ended.stderr.count("\n") == 3 + failures
