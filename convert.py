@@ -1010,8 +1010,8 @@ def load_tokens(files, tokenizer):
     path = cache_dir(os.environ.get("LOOPUS_CACHE")) / f"{name}.int32"
     if not path.exists():
         tokenise(files, tokenizer, path)
-    has_learned = path.stat().st_size > 0 and (np.memmap(path, np.int32, "r") >= 0).any()
-    refuse(not has_learned, f'nothing is to be learned in {files[0]}: give "text", or what an "assistant" says')
+    empty = path.stat().st_size == 0 or np.memmap(path, np.int32, "r").max() < 0
+    refuse(empty, f'nothing is to be learned in {files[0]}: give "text", or what an "assistant" says')
     return np.memmap(path, np.int32, "r")
 
 

@@ -11,7 +11,7 @@ import json
 import math
 import sys
 from collections import defaultdict
-from contextlib import redirect_stdout
+from contextlib import redirect_stdout, suppress
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -191,7 +191,10 @@ def load(s, init):
         with convert.reading(f"{directory}/settings.json, for want of --data"):
             trained = convert.read_json(directory / "settings.json")
             files, val = trained["files"], trained["val"]
-            if files != [str(file.resolve()) for file in convert.find_files(trained["data"])]:
+            files_now = []
+            with suppress(InputError):
+                files_now = [str(file.resolve()) for file in convert.find_files(trained["data"])]
+            if files != files_now:
                 print(f"{trained['data']} has changed: reading what training held out of its files", file=sys.stderr)
     _, held_out = convert.load_data(files, val, tokenizer)
     sequences = windows(held_out, min(s.context, model.config.block_size), s.tokens)

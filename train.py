@@ -345,7 +345,7 @@ def save_checkpoint(run, s):
         torch.save(state, unfinished / "optimizer.pt")
     for old in checkpoints(s.out)[: -s.keep]:
         remove_checkpoint(old)
-    for unfinished in Path(s.out).glob(f"{convert.STEP}.new-*"):  # what a crash in the middle of saving left
+    for unfinished in Path(s.out).glob(f"{convert.STEP}.new-{'[0-9a-f]' * 8}"):  # what a crash while saving left
         shutil.rmtree(unfinished, ignore_errors=True)
 
 
@@ -506,7 +506,9 @@ def train(s):
         run = setup(s)
         with first_process_first():
             tokens, held_out = convert.load_data(run.files, s.val, run.tokenizer)
-        convert.windows(tokens, s.context, len(tokens))  # raises InputError if there is nothing to learn in them
+        targets = tokens[1 : (len(tokens) - 1) // s.context * s.context + 1]
+        empty = len(targets) == 0 or targets.max() < 0
+        refuse(empty, f"nothing is to be learned in whole contexts of {s.context} tokens of --data: give more")
         held_out = convert.windows(held_out, s.context, s.eval_tokens)
         cuts = " + ".join(str(len(stack)) for stack in (run.model.encoder, run.model.reasoning, run.model.decoder))
         place = f"{world_size()} × {run.device}, {run.dtype}"
@@ -526,6 +528,8 @@ def take_all_steps(run, s, tokens, held_out):
                 evaluate(run, s, held_out)
             with noted(signals):
                 take_step(run, s, tokens, signals)
+        if summed(torch.tensor(len(signals))) > 0:
+            raise KeyboardInterrupt
         evaluate(run, s, held_out)
     except KeyboardInterrupt:
         going_on = "nothing is saved yet"
@@ -546,7 +550,7 @@ def take_step(run, s, tokens, signals):
         raise KeyboardInterrupt
     run.step += 1
     if run.step % s.log_every == 0 or run.step in (1, s.steps) or run.skipped:
-        log_step(run, s, *done, time.time() - begun)
+        log_step(run, s, *done, time.time() - begun + 1e-9)  # some clocks stand still for so long
     if run.step % s.eval_every == 0 or run.step == s.steps:
         save_checkpoint(run, s)
 
@@ -649,7 +653,7 @@ def last_checkpoint(s):
 def story(given):
     """Pretrain a small model on short chains, train it unlooped on long ones, recast it and train the loop on the same,
     and compare. `given` are the flags that were set. Raises InputError if they name another text."""
-    for name in ("data", "val", "objective", "context"):
+    for name in ("data", "val", "objective", "context", "recipe"):
         refuse(name in given, f"--{name} without --init: name the model that is to be trained, such as --init=gpt2")
     begun = time.time()
     base, control, loop = list_trainings(Path(given.pop("out", "out/story")), given)
@@ -673,29 +677,33 @@ def story(given):
 def stage(title, s):
     """Run `s`, or go on with it where it was broken off. Nothing is to be done where its last checkpoint is there."""
     print(f"== {title}")
-    done = last_checkpoint(s)
-    if not done.exists():
+    for directory in checkpoints(s.out)[-1:]:
+        before = convert.read_json(directory / "settings.json") | {"resume": False, "files": None}
+        changed = before != asdict(s) | {"files": None}
+        refuse(changed, f"{directory} was trained with other settings: name another --out")
+    if not last_checkpoint(s).exists():
         train(replace(s, resume=bool(checkpoints(s.out))))
-    elif (convert.read_json(done / "settings.json") | {"resume": False, "files": 0}) != asdict(s) | {"files": 0}:
-        raise InputError(f"{done} was trained with other settings: name another --out")
 
 
 # ---- The command line
 def resumed(given):
     """The flags of a run that goes on: those it was started with, then the given ones. Raises InputError if a given one
     cannot change in the middle of a run."""
-    directory = newest(given.get("out", Settings.out))
+    out = given.get("out", Settings.out)
+    directory = newest(out)
     settings = convert.read_json(directory / "settings.json")
     settings.pop("files", None)
     with convert.reading(directory / "settings.json"):
         Settings(**settings)
         for setting in fields(Settings):
             value = settings[setting.name]
-            refuse(type(value) is not setting.type, f"{setting.name} is {value!r}: expected {setting.type.__name__}")
+            refuse(
+                type(value) not in (setting.type, int), f"{setting.name} is {value!r}: expected {setting.type.__name__}"
+            )
     for name in FIXED:
         changed = given.get(name, settings[name]) != settings[name]
         refuse(changed, f"--{name} cannot change in a resumed run, which has {settings[name]!r}: leave it out")
-    return settings | given
+    return settings | given | {"out": out}
 
 
 LAUNCH = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")  # what torchrun sets, and leftovers of clusters seldom do
@@ -724,7 +732,7 @@ def main():
     launched = set(LAUNCH) <= os.environ.keys()
     if launched:
         join_processes()
-    if "init" in given:
+    if given.get("init"):
         device, _ = convert.pick_device(given.get("device", ""), "fp32")
         if device.type == "cpu" and "recipe" not in given:
             given["recipe"] = "short"
