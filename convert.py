@@ -1166,6 +1166,16 @@ def parse(settings, *positional):
     return vars(parser.parse_args())
 
 
+def check_setting(setting, value):
+    """Raise InputError where a field that `flag` has made cannot have this value."""
+    least = setting.metadata["least"]
+    choices = setting.metadata["choices"]
+    fits = type(value) is setting.type or (setting.type is float and type(value) is int)
+    fits = fits and (least is None or value >= least)
+    fits = fits and (choices is None or value in (setting.default, *choices))
+    refuse(not fits, f"{setting.name} is {value!r}: expected {choices or setting.type.__name__}, at least {least}")
+
+
 def checked(kind, least, text):
     """A flag's text as that kind of value. ArgumentTypeError: it is none, or out of range."""
     try:

@@ -46,7 +46,8 @@ class Settings(convert.Inference):
 # ---- Losses, §4, and passes taken, Fig. 18
 def batches(sequences, size, device):
     """Inputs and targets of `windows`, `size` sequences at a time, without those in which nothing is learned."""
-    parts = list(zip(sequences[0].split(size), sequences[1].split(size)))
+    inputs, targets = sequences
+    parts = list(zip(inputs.split(size), targets.split(size)))
     for x, y in convert.progress(parts, "evaluating", len(parts)):
         if (y >= 0).any():
             yield x.to(device), y.to(device)
@@ -60,11 +61,13 @@ def depth_losses(model, sequences, depths, batch):
         learned = (y >= 0).sum().item()
         h = model.encode(x)
         if 0 in sums:
-            sums[0] += model.loss(model.propose(h), y)[0].item() * learned
+            loss, _ = model.loss(model.propose(h), y)
+            sums[0] += loss.item() * learned
         for b in range(1, max(depths) + 1):
             h = model.refine(h)
             if b in sums:
-                sums[b] += model.loss(h, y)[0].item() * learned
+                loss, _ = model.loss(h, y)
+                sums[b] += loss.item() * learned
     count = (sequences[1] >= 0).sum().item()
     return {depth: total / count for depth, total in sums.items()}
 
@@ -77,7 +80,8 @@ def exit_stats(model, sequences, max_loops, halt, batch):
     for x, y in batches(sequences, batch, model.wte.weight.device):
         h, depth = early_exit(model, x, max_loops, halt)
         learned = y >= 0
-        total += model.loss(h, y)[0].item() * learned.sum().item()
+        loss, _ = model.loss(h, y)
+        total += loss.item() * learned.sum().item()
         depths.append(depth[learned].cpu())
     depths = torch.cat(depths)
     return {
@@ -124,12 +128,15 @@ def accuracy_by_kind(model, documents, depths, halt=NEVER, max_loops=8, batch=64
     the tokens of answers then take ("passes"). An answer is right if each of its tokens is the likeliest one after the
     text before it. → {kind: {column: number}}"""
     scores = defaultdict(lambda: defaultdict(list))
-    groups = [documents[start : start + batch] for start in range(0, len(documents), batch)]
+    starts = range(0, len(documents), batch)
+    groups = [documents[start : start + batch] for start in starts]
     for group in convert.progress(groups, "answering", len(groups)):
         rows = [torch.tensor(tokens) for tokens, _ in group]
         idx = pad_sequence(rows, batch_first=True).to(model.wte.weight.device)  # on the right, which no token sees
         x, y = idx[:, :-1], idx[:, 1:]
-        columns = {depth: model(x, depth).argmax(dim=-1) == y for depth in depths}
+        columns = {}
+        for depth in depths:
+            columns[depth] = model(x, depth).argmax(dim=-1) == y
         if halt is not NEVER:
             h, passes = early_exit(model, x, max_loops, halt)
             columns["exit"] = model.decode(h).argmax(dim=-1) == y
@@ -168,12 +175,15 @@ class Loaded(NamedTuple):
     def measure(self, s):
         """→ {passes: loss} of 0 … s.max_loops passes, and the `exit_stats`."""
         losses = depth_losses(self.model, self.sequences, range(s.max_loops + 1), s.batch)
+        finite = all(map(math.isfinite, losses.values())) and self.model.q_head[1].weight.isfinite().all()
+        refuse(not finite, f"the losses {losses} or the confidence are not finite: are the weights damaged?")
         return losses, exit_stats(self.model, self.sequences, s.max_loops, s.rule(), s.batch)
 
     def states(self, s):
         """The states of a text's first 32 tokens before the loop and after each pass, (passes + 1, T − 1, C). The very
         first token is left out: many pretrained models give it a state so long that it would be all one sees."""
-        h = self.model.encode(self.sequences[0][:1, :32].to(self.model.wte.weight.device))
+        inputs, _ = self.sequences
+        h = self.model.encode(inputs[:1, :32].to(self.model.wte.weight.device))
         states = [h]
         for _ in range(s.max_loops):
             h = self.model.refine(h)
@@ -188,8 +198,9 @@ def load(s, init):
     files = s.data
     val = s.data
     if not s.data:
-        with convert.reading(f"{directory}/settings.json, for want of --data"):
+        with convert.reading(directory / "settings.json"):
             trained = convert.read_json(directory / "settings.json")
+            refuse("files" not in trained, "it does not say what text the model was trained on: give --data")
             files, val = trained["files"], trained["val"]
             files_now = []
             with suppress(InputError):
@@ -221,12 +232,12 @@ def bits_per_nat(sequences, tokenizer):
 def measure_losses(s):
     loaded = load(s, s.init)
     losses, exit = loaded.measure(s)
-    rows = [{"passes": depth, "mean_passes": depth, "loss": loss} for depth, loss in losses.items()]
+    rows = []
+    for depth, loss in losses.items():
+        rows.append({"passes": depth, "mean_passes": depth, "loss": loss})
     rows.append({"passes": "exit", "mean_passes": exit["mean_passes"], "loss": exit["loss"]})
     factor = bits_per_nat(loaded.sequences, loaded.tokenizer)
     for row in rows:
-        found = f"the loss after {row['passes']} passes is {row['loss']}"
-        refuse(not math.isfinite(row["loss"]), f"{found}: are the weights damaged?")
         row["perplexity"] = math.exp(min(row["loss"], 700))
         row["bits_per_byte"] = row["loss"] * factor
     depths = [depth for depth in DEPTHS if depth <= s.max_loops]
@@ -305,7 +316,7 @@ def harness_model(harness, model, tokenizer, column, batch):
 
         def generate_until(self, requests, **_):
             requests = convert.progress(requests, f"writing, {column.name}", len(requests))
-            return [write(model, tokenizer, *request.args, column) for request in requests]
+            return [write(model, tokenizer, *request.args, column, self.passes) for request in requests]
 
     return Scorer()
 
@@ -319,7 +330,8 @@ def score(model, pairs, column, batch, all_passes):
     device = model.wte.weight.device
     lengths = [len(context) + len(continuation) for context, continuation in pairs]
     longest_first = sorted(range(len(pairs)), key=lengths.__getitem__, reverse=True)
-    groups = [longest_first[start : start + batch] for start in range(0, len(pairs), batch)]
+    starts = range(0, len(pairs), batch)
+    groups = [longest_first[start : start + batch] for start in starts]
     scores = [None] * len(pairs)
     for group in convert.progress(groups, f"scoring, {column.name}", len(groups)):
         inputs = []
@@ -346,7 +358,7 @@ def score(model, pairs, column, batch, all_passes):
 LIMITS = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")  # names of one setting of a task
 
 
-def write(model, tokenizer, context, settings, column):
+def write(model, tokenizer, context, settings, column, all_passes):
     """Continue the context of a task by greedy decoding, up to the first string that is to end it. What is too long
     loses its beginning. InputError: the task wants a text that is drawn at random, or longer than the context."""
     max_new_tokens = next((settings[name] for name in LIMITS if name in settings), 256)  # the harness's own default
@@ -358,8 +370,10 @@ def write(model, tokenizer, context, settings, column):
     [tokens], depths = model.generate(
         [prompt], max_new_tokens, column.max_loops, temperature=0, halt=column.halt, ends=ends
     )
-    special = {token["id"] for token in tokenizer.spec["added_tokens"] if token.get("special")}
-    text = tokenizer.decode([token for token in tokens[len(prompt) :] if token not in special | ends])
+    all_passes += filter(None, depths[0].tolist())  # 0: after the end
+    special = {token["id"] for token in tokenizer.spec["added_tokens"] if token["special"]}
+    written = [token for token in tokens[len(prompt) :] if token not in special | ends]
+    text = tokenizer.decode(written)
     until = settings.get("until") or []
     for end in filter(None, [until] if isinstance(until, str) else until):
         text = text.split(end)[0]
@@ -432,10 +446,11 @@ def training_figure(s, loaded, control):
     """Fig. 6: the held-out loss at each depth while the model was trained, from its log."""
     path = loaded.directory.parent / "log.jsonl"
     lines = defaultdict(lambda: ([], []))
-    for _, record in convert.read_records(path) if path.exists() else []:
-        for depth, loss in record.get("held_out", {}).items():
-            lines[f"{depth} passes"][0].append(record["step"])
-            lines[f"{depth} passes"][1].append(loss)
+    with convert.reading(path):
+        for _, record in convert.read_records(path) if path.exists() else []:
+            for depth, loss in record.get("held_out", {}).items():
+                lines[f"{depth} passes"][0].append(record["step"])
+                lines[f"{depth} passes"][1].append(loss)
     return lines, "optimizer steps", "held-out loss, nats per token"
 
 
@@ -465,14 +480,17 @@ def candidates_figure(s, loaded, control):
     """Fig. 8: after each pass, the probability of the six tokens that come to be the likeliest, for the first answer
     or, in a text, after 32 tokens."""
     prompt = loaded.sequences[0][0, :32].tolist()
-    for tokens, answers in loaded.documents[:1]:
+    answered = [document for document in loaded.documents if document[1]]
+    for tokens, answers in answered[:1]:
         prompt = tokens[: answers[0].start]
     idx = torch.tensor([prompt], device=loaded.model.wte.weight.device)
     depths = list(range(s.max_loops + 1))
-    rows = [loaded.model(idx, b)[0, -1].float().softmax(dim=-1) for b in depths]
-    probabilities = torch.stack(rows, dim=1).cpu()  # (V, passes + 1)
+    rows = [loaded.model(idx, b)[0, -1] for b in depths]
+    logits = torch.stack(rows, dim=1).float().cpu()
+    probabilities = logits.softmax(dim=0)  # (V, passes + 1)
     lines = {}
-    for token in probabilities.amax(dim=1).argsort(descending=True)[:6].tolist():
+    likeliest = probabilities.amax(dim=1).argsort(descending=True)
+    for token in likeliest[:6].tolist():
         text = loaded.tokenizer.token_bytes(token).decode(errors="replace")
         lines[f"{text!r} ({token})"] = (depths, probabilities[token].tolist())
     return lines, "passes (0: one ungated)", "probability of the next token"
@@ -482,8 +500,10 @@ def passes_figure(s, loaded, control):
     """Fig. 18: how many tokens take how many passes, by each rule to stop."""
     lines = {}
     for rule in RULES:
-        exit = exit_stats(loaded.model, loaded.sequences, s.max_loops, replace(s, halt=rule).rule(), s.batch)
-        lines[f"{rule}: loss {exit['loss']:.3f}"] = (list(range(1, s.max_loops + 1)), exit["histogram"])
+        halt = replace(s, halt=rule).rule()
+        exit = exit_stats(loaded.model, loaded.sequences, s.max_loops, halt, s.batch)
+        passes = list(range(1, s.max_loops + 1))
+        lines[f"{rule}: loss {exit['loss']:.3f}"] = (passes, exit["histogram"])
     return lines, "passes taken", "tokens"
 
 
@@ -494,6 +514,7 @@ def measure_figures(s):
         from matplotlib.figure import Figure
     except ImportError:
         raise InputError('--figures needs matplotlib: pip install ".[plots]"') from None
+    refuse(s.max_loops < 1 or s.context < 2, "--figures of --max_loops=0 or --context=1 would be empty: expected more")
     loaded, *control = [load(s, init) for init in s.init.split(",")]
     figures = [layers_figure, losses_figure, accuracy_figure, training_figure, states_figure, steps_figure]
     for work in [*figures, candidates_figure, passes_figure]:
@@ -502,7 +523,8 @@ def measure_figures(s):
         axes = figure.subplots()
         for label, (x, y) in lines.items():
             style = "o" if work is states_figure else "o-"
-            axes.plot(x, np.array(y, dtype=float), style, markersize=4, label=label.replace("$", r"\$"))
+            label = label.replace("$", r"\$")
+            axes.plot(x, np.array(y, dtype=float), style, markersize=4, label=label)
         axes.set(xlabel=xlabel, ylabel=ylabel, title=str(loaded.directory))
         name = work.__name__.removesuffix("_figure")
         if lines:  # without questions no accuracy, without a log no training

@@ -324,7 +324,7 @@ def restore(run, s, directory):
         run.optimizer.load_state_dict({"state": state, "param_groups": groups})
         run.step = saved["step"]
         run.skipped = saved["skipped"]
-        run.files = convert.read_json(directory / "settings.json")["files"]
+        run.files = list(map(str, convert.read_json(directory / "settings.json")["files"]))
     refuse(run.step > s.steps, f"{s.out} is at step {run.step}, beyond --steps={s.steps}: nothing is left to resume")
 
 
@@ -696,10 +696,7 @@ def resumed(given):
     with convert.reading(directory / "settings.json"):
         Settings(**settings)
         for setting in fields(Settings):
-            value = settings[setting.name]
-            refuse(
-                type(value) not in (setting.type, int), f"{setting.name} is {value!r}: expected {setting.type.__name__}"
-            )
+            convert.check_setting(setting, settings[setting.name])
     for name in FIXED:
         changed = given.get(name, settings[name]) != settings[name]
         refuse(changed, f"--{name} cannot change in a resumed run, which has {settings[name]!r}: leave it out")
