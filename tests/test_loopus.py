@@ -352,7 +352,7 @@ def test_compiled_text_is_the_same_and_one_step_serves_all_layers_passes_and_pos
     model = random_model(shape, 5, **more)
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
-    fast = sample.made_fast(model, compiling=True, tokens=0, max_loops=6)
+    fast = sample.made_fast(model, sample.Settings(compile=True))
     assert fast is not model  # compiling did not fail
     for prompts in (prompts_of(9), prompts_of(3), prompts_of(3, 21, 4)):
         assert_writes_the_same(fast, model, prompts, 6, 0.52)
