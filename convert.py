@@ -631,12 +631,13 @@ class ByteLevel:
     def encode_words(self, text):
         if self.composes:
             text = unicodedata.normalize("NFC", text)
-        with reading("a text"):  # of a million spaces, say: tiktoken gives up
-            ids = [self.ids[n] for n in self.encoding.encode_ordinary(text)]
-            if None in ids:  # such bytes are left out, and what is around them merges
-                lacked = bytes(b for character, b in BYTE_OF.items() if character not in self.vocab)
-                words = [word.encode().translate(None, lacked) for word in regex.findall(self.pattern, text)]
-                ids = [self.ids[n] for word in filter(None, words) for n in self.encoding._encode_single_piece(word)]
+        too_long = len(text) > 500_000 and re.search(r"\s{500000}", text)
+        refuse(too_long, "a text has 500,000 white characters in a row, more than tiktoken can take")
+        ids = [self.ids[n] for n in self.encoding.encode_ordinary(text)]
+        if None in ids:  # such bytes are left out, and what is around them merges
+            lacked = bytes(b for character, b in BYTE_OF.items() if character not in self.vocab)
+            words = [word.encode().translate(None, lacked) for word in regex.findall(self.pattern, text)]
+            ids = [self.ids[n] for word in filter(None, words) for n in self.encoding._encode_single_piece(word)]
         return ids
 
     def pieces(self, text, size=1 << 18):
