@@ -1174,7 +1174,7 @@ def check_setting(setting, value):
     fits = type(value) is setting.type or (setting.type is float and type(value) is int)
     fits = fits and (least is None or value >= least)
     fits = fits and (choices is None or value in (setting.default, *choices))
-    refuse(not fits, f"{setting.name} is {value!r}: expected {choices or setting.type.__name__}, at least {least}")
+    refuse(not fits, f"{setting.name} is {value!r}: expected {setting.type.__name__}, {setting.metadata['help']}")
 
 
 def checked(kind, least, text):

@@ -467,7 +467,7 @@ def states_figure(s, loaded, control):
 
 @torch.no_grad()
 def steps_figure(s, loaded, control):
-    """Fig. 7: mean α, and mean step length ‖h^{b+1} − h^b‖₂ over that of the first pass, of `Loaded.states`."""
+    """Fig. 7: mean step length ‖h^{b+1} − h^b‖₂ over that of the first pass, of `Loaded.states`."""
     passes = list(range(1, s.max_loops + 1))
     states = loaded.states(s)
     lengths = states.diff(dim=0).norm(dim=-1).mean(dim=-1)

@@ -123,7 +123,8 @@ def learning_rate(s, step):
 
 # ---- The model in training
 def is_trained(name, s):
-    """Does the parameter of this name train? For the loop all but the encoder, for lm all but the gate and the head."""
+    """Does the parameter of this name train? For the loop, unless --trains=all, what comes after h⁰; for lm all but the
+    gate and the confidence head."""
     if s.objective == "lm":
         return not is_new(name)
     return s.trains == "all" or not name.startswith(("wte.", "wpe.", "encoder."))
