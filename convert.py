@@ -1002,7 +1002,11 @@ def load_tokens(files, tokenizer):
     """Files → one array of ids, as `rows` reads it. .bin and .npy hold ids; the records of other files are tokenised
     once, and kept in the cache. Raises InputError where nothing is to be learned."""
     refuse(tokenizer is None, "the model has no tokenizer.json: text cannot be read or written without one")
-    if all(file.suffix.lower() in (".bin", ".npy") for file in files):
+    hold_ids = [file.suffix.lower() in (".bin", ".npy") for file in files]
+    refuse(
+        len(set(hold_ids)) > 1, f"{files[0].parent} has ids (.bin, .npy) and other files: name one kind, as by a glob"
+    )
+    if all(hold_ids):
         parts = [map_tokens(file, tokenizer) for file in files]
         return parts[0] if len(parts) == 1 else np.concatenate(parts)
     stamp = [tokenizer.spec, tokenizer.begin, tokenizer.end_of_text, tokenizer.template]

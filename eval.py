@@ -401,7 +401,7 @@ def measure_tables(s):
             passes = sum(scorer.passes) / max(1, len(scorer.passes))
             report.setdefault(init, {})[column.name] = {"results": results["results"], "passes": passes}
             if not s.json:
-                print(f"{init}, passes: {column.name} (mean of the scored tokens {passes:.2f})")
+                print(f"{init or 'the newest model'}, passes: {column.name} (mean of the scored tokens {passes:.2f})")
                 print(harness.utils.make_table(results), flush=True)
     if s.json:
         print(json.dumps(report, default=float))

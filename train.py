@@ -336,7 +336,7 @@ def save_checkpoint(run, s):
     moments = {}  # a copy: the optimizer goes on with its own
     for i, of_parameter in optimizer["state"].items():
         moments[i] = {name: whole(x) for name, x in of_parameter.items()}
-    if rank() > 0 or step_directory(s, run.step).exists():
+    if rank() > 0 or (step_directory(s, run.step) / "optimizer.pt").exists():
         return
     state = {"step": run.step, "skipped": run.skipped, "optimizer": optimizer | {"state": moments}}
     with convert.all_or_nothing(step_directory(s, run.step)) as unfinished:

@@ -534,3 +534,10 @@ def test_help_lists_all_flags_with_their_defaults(command):
     out = command(convert, "--help")[1]
     for text in "src|out|--format|'authors'|--profile|--encoder_layers INT|--decoder_layers INT|-1".split("|"):
         assert text in out
+
+
+def test_ids_beside_text_are_not_read_as_text(tmp_path):
+    """Small ids in .bin are valid UTF-8, so that nothing else would tell."""
+    np.arange(100, dtype=np.uint16).tofile(tmp_path / "train.bin")
+    (tmp_path / "notes.txt").write_text("of the data")
+    refused(lambda: convert.load_data(str(tmp_path), "", convert.byte_tokenizer()), ".bin", "name one kind")
