@@ -16,6 +16,8 @@ from statistics import mean, stdev
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
+from speed import step_flops  # noqa: E402
+
 import convert  # noqa: E402
 import train  # noqa: E402
 from eval import accuracy_by_kind, read_answers  # noqa: E402
@@ -32,8 +34,8 @@ def choices(out, seed):
     """{name: Settings} of all trainings of a seed, the base first."""
     base, control, loop = train.list_trainings(out, {"seed": seed})
     model, _ = convert.load(base.init, encoder_layers=1, decoder_layers=1)
-    of_loop = mean(train.step_flops(model, loop, [b]) for b in range(loop.max_loops))
-    same_operations = round(loop.steps * of_loop / train.step_flops(model, control, [0]))
+    of_loop = mean(step_flops(model, loop, [b]) for b in range(loop.max_loops))
+    same_operations = round(loop.steps * of_loop / step_flops(model, control, [0]))
     rows = {
         "control, as many steps": control,
         "control, as many operations": replace(control, steps=same_operations),

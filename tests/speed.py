@@ -30,6 +30,30 @@ WAYS = ("plain", "plain-bf16", "fp32", "bf16", "bf16-checkpointing", "bf16-compi
 NEVER = Halt(threshold=2.0)
 
 
+def step_flops(model, s, supervised):
+    """Floating-point operations of a step, on paper (§3.2). A matrix costs 2 per weight and token forward, and 4 more
+    backward; attention to T/2 tokens before, two products of 2 operations: 2 T n hd. The encoder and the passes up to
+    the last supervised one run forward, and those with gradient also backward. Each supervised pass has a decoder
+    forward and backward, and one forward for the loss before it. What is run again in backward does not count."""
+    layer = 2 * matrix_weights(model.reasoning[0]) + 2 * s.context * model.config.n_head * model.config.head_dim
+    tracked = {b - i for b in supervised for i in range(s.span)}
+    if s.objective == "lm":
+        encoders = passes = decoders = 3
+        gates = 0
+    else:
+        encoders = 3 if s.trains == "all" and 0 in tracked else 1
+        gates = passes = max(supervised) + 1 + 2 * sum(b >= 0 for b in tracked)
+        decoders = 4 * len(supervised)
+    layers = encoders * model.config.encoder_layers + passes * model.config.reasoning_layers
+    layers += decoders * model.config.decoder_layers
+    per_token = layers * layer + gates * 2 * matrix_weights(model.gate) + decoders * 2 * matrix_weights(model.lm_head)
+    return per_token * s.accumulate * s.batch * s.context
+
+
+def matrix_weights(module):
+    return sum(p.numel() for p in module.parameters() if p.dim() > 1)
+
+
 @dataclass
 class Writing:
     """Tokens per second of writing at 1, 2, 4, 8 passes and with exit. Of training: --train, and --train --help."""
@@ -168,7 +192,7 @@ def print_training(s):
         x, y = torch.randint(0, run.model.config.vocab_size, (2, s.batch, s.context), device=run.device)
         times.append(timed(run.device, train_step, run, settings, s.way, x, y, supervised)[0])
     step = mean(times[1:])  # the first one compiles
-    flops = mean(train.step_flops(run.model, settings, [b]) for b in range(s.max_loops))
+    flops = mean(step_flops(run.model, settings, [b]) for b in range(s.max_loops))
     line = f"{s.way:20} {step:8.2f} {s.batch * s.context / step:10.0f} {flops / 1e12:8.3f} {peak / 1e12:10.3f}"
     print(f"{line} {flops / step / peak:6.1%} {peak_memory(run.device):8.2f}", flush=True)
 
