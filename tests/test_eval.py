@@ -5,9 +5,9 @@ import math
 import sys
 from collections import defaultdict
 from functools import partial
-from itertools import takewhile
 from types import SimpleNamespace
 
+import figures
 import numpy as np
 import pytest
 import torch
@@ -19,7 +19,7 @@ import convert
 import eval as evaluation
 import train
 from eval import Column
-from loopus import RULES, Halt, InputError, early_exit
+from loopus import Halt, InputError, early_exit
 
 TOKENIZER = convert.byte_tokenizer()  # one token per byte, <|endoftext|> as 256
 SMALL = ("--max_loops=3", "--context=24", "--tokens=96", "--batch=2", "--dtype=fp32", "--device=cpu")
@@ -82,7 +82,12 @@ def test_losses_perplexity_bits_per_byte_and_exit_are_those_of_plain_calls(repor
         assert {name: row[name] for name in expected} == pytest.approx(expected, rel=1e-5)
     histogram = torch.bincount(depth[learned], minlength=4)[1:].tolist()
     assert measured["exit"] == dict(loss=pytest.approx(loss), mean_passes=pytest.approx(passes), histogram=histogram)
-    _, out, _ = command(evaluation, *SMALL, *flags)
+    _, out, _ = command(evaluation, *SMALL, *flags, f"--init={looped},{looped}")
+    losses = [row["loss"] for row in measured["depths"]]
+    best = 1 + losses[1:4].index(min(losses[1:4]))
+    assert f"{'control':>8} {0:6.2f} {losses[0]:8.4f}" in out
+    exit = f"exit {loss:.4f} after {passes:.2f}; unlooped {losses[0]:.4f}"
+    assert out.endswith(f"\nbest fixed depth: {best} passes, {losses[best]:.4f} nats per token; {exit}\n")
     assert f"{'exit':>8} {passes:6.2f} {loss:8.4f} {math.exp(loss):11.3f} {bits:10.4f}\n" in out
 
 
@@ -161,14 +166,6 @@ def plain_score(model, context, continuation, column):
     return logprob, (logits.argmax(-1) == targets).all().item(), passes[-len(continuation) :]
 
 
-def plain_text(model, tokens, column):
-    """The six tokens at most that greedy decoding writes up to <|endoftext|>."""
-    written = []
-    for _ in range(6):
-        written.append(plain_logits(model, tokens + written, column)[0][-1].argmax().item())
-    return TOKENIZER.decode(takewhile(lambda token: token != 256, written))
-
-
 @pytest.mark.parametrize("batch", [1, 3, 100])
 @each_column
 def test_scores_and_passes_are_those_of_plain_calls(model, column, batch):
@@ -185,7 +182,7 @@ def test_scores_and_passes_are_those_of_plain_calls(model, column, batch):
 
 
 @each_column
-def test_the_harness_gets_texts_scored_in_windows_and_texts_written(column):
+def test_the_harness_gets_texts_scored_in_windows(column):
     pytest.importorskip("lm_eval")
     model = random_model()
     scorer = evaluation.harness_model(evaluation.import_harness(), model, TOKENIZER, column, 2)
@@ -195,27 +192,12 @@ def test_the_harness_gets_texts_scored_in_windows_and_texts_written(column):
     requests = [SimpleNamespace(args=(string,)) for string in (TOKENIZER.decode(ids), "")]
     assert scorer.loglikelihood_rolling(requests) == pytest.approx([sum(logprobs), 0], abs=1e-3)
     assert sorted(scorer.passes) == sorted(sum(passes, []))
-    limits = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")
-    contexts = ("Once", "0123456789" * 10, "", "In the end")  # one too long, one empty: after <|endoftext|>
-    requests = [SimpleNamespace(args=(context, {limit: 6})) for context, limit in zip(contexts, limits)]
-    texts = [plain_text(model, TOKENIZER.encode(context)[-58:] or [256], column) for context in contexts]
-    assert scorer.generate_until(requests) == texts
     spaces = SimpleNamespace(args=(" ", "a cat"))  # which the harness moves to the continuation
     assert scorer.loglikelihood([spaces])[0][0] == pytest.approx(plain_score(model, [256], list(b" a cat"), column)[0])
 
 
-def test_a_text_that_is_written_ends_before_the_first_string_that_is_to_end_it():
+def test_what_cannot_be_scored_is_refused_in_one_line():
     model = random_model()
-    text = plain_text(model, [97], BASE)
-    for until, end in ((["none"], 6), (["", text[4], text[2]], 2), (text[3:5], 3)):
-        assert evaluation.write(model, TOKENIZER, "a", dict(until=until, max_gen_toks=6), BASE, []) == text[:end]
-
-
-def test_what_cannot_be_scored_or_written_is_refused_in_one_line():
-    model = random_model()
-    for settings in (dict(do_sample=True, max_gen_toks=8), dict(temperature=0.5, max_gen_toks=8), dict(max_tokens=64)):
-        with pytest.raises(InputError, match="expected greedy decoding, within the context"):
-            evaluation.write(model, TOKENIZER, "a", settings, BASE, [])
     with pytest.raises(InputError, match="an answer of 65 tokens.* 64"):
         evaluation.score(model, [([1], [2] * 65)], BASE, 8, [])
     model.lm_head.weight.data[3] = torch.nan
@@ -254,57 +236,29 @@ def test_a_task_of_ones_own_is_measured_in_all_columns_as_by_plain_calls(report,
 # ---- Figures
 @torch.no_grad()
 def test_each_figure_is_a_picture_and_its_numbers_are_those_of_plain_calls(command, looped, checkpoint, tmp_path):
-    image = pytest.importorskip("matplotlib.image")
+    pytest.importorskip("matplotlib")
     log = [dict(step=0, held_out={"0": 3.0, "1": None}), dict(step=1, lm=3.5), dict(step=2, held_out={"0": 2.0})]
     write_lines(looped.parent / "log.jsonl", log)
     records = [dict(prompt=f"{i} {i} is ", completion="big", kind=["easy"]) for i in range(40)]
     data = write_lines(tmp_path / "answers.jsonl", records)
-    flags = [f"--init={looped},{checkpoint[0]}", f"--data={data}", "--threshold=0.5", "--epsilon=11"]
-    code, printed, err = command(evaluation, *SMALL, "--figures=figures", *flags)
-    names = ["layers", "losses", "accuracy", "training", "states", "steps", "candidates", "passes"]
+    flags = [f"--init={looped},{checkpoint[0]}", f"--data={data}", "--threshold=0.5", "--out=figures"]
+    code, printed, err = command(figures, *SMALL, *flags)
+    names = ["layers", "losses", "accuracy", "training", "states", "passes"]
     assert (code, printed.splitlines()) == (0, [f"figures/{name}.png" for name in names]), err
-    assert all(image.imread(f"figures/{name}.png").shape[:2] == (600, 900) for name in names)
-    figures = [json.loads((tmp_path / f"figures/{name}.json").read_text()) for name in names]
-    layers, losses, accuracy, training, states, steps, candidates, passes = figures
+    assert all((tmp_path / f"figures/{name}.png").read_bytes().startswith(b"\x89PNG") for name in names)
+    _, losses, _, training, states, passes = (json.loads((tmp_path / f"figures/{n}.json").read_text()) for n in names)
     (model, _), (control, _) = convert.load(looped), convert.load(checkpoint[0])
     x, y = convert.windows(convert.load_tokens([data], TOKENIZER), 24, 96)
-    depths = [0, 1, 2, 3]
-    distances = convert.layer_distances(model, convert.sample_text(model, TOKENIZER)).tolist()
-    assert layers["reasoning"] == [[1, 2, 3], distances[1:4]] and layers["decoder"] == [[4], distances[4:]]
-    h, depth = early_exit(model, x, 3, HALT)
-    logits = [*(model(x, b) for b in depths), model.decode(h), control(x, 0)]
-    *fixed, exit, unlooped = [F.cross_entropy(part.flatten(0, 1), y.flatten()).item() for part in logits]
-    assert losses["looped"] == [depths, pytest.approx(fixed)]
-    assert losses["exit"] == [[pytest.approx(depth[y >= 0].float().mean().item())], [pytest.approx(exit)]]
+    fixed = [F.cross_entropy(model(x, b).flatten(0, 1), y.flatten()).item() for b in range(4)]
+    assert losses["looped"] == [[0, 1, 2, 3], pytest.approx(fixed)]
+    unlooped = F.cross_entropy(control(x, 0).flatten(0, 1), y.flatten()).item()
     assert losses["control, unlooped"] == [[0, 3], [pytest.approx(unlooped)] * 2]
-    documents = evaluation.read_answers(data, TOKENIZER, 64)
-    assert accuracy["easy"] == [depths, list(evaluation.accuracy_by_kind(model, documents, depths)["easy"].values())]
     assert training == {"0 passes": [[0, 2], [3.0, 2.0]], "1 passes": [[0], [None]]}
-    h = [model.encode(x[:1])]
-    for _ in range(3):
-        h.append(model.refine(h[-1]))
-    h = torch.cat(h)[:, 1:].double()  # without the first token
-    lengths = (h[1:] - h[:-1]).norm(dim=-1).mean(dim=-1)
-    assert steps["step length"] == [[1, 2, 3], pytest.approx((lengths / lengths[0]).tolist(), rel=1e-4)]
-    points = np.array([states[f"{b} passes"] for b in depths])  # (passes + 1, 2, T − 1)
-    variances = torch.linalg.svdvals((h - h.mean(dim=(0, 1))).flatten(0, 1))[:2] ** 2
-    assert np.einsum("bit,bjt->ij", points, points) == pytest.approx(np.diag(variances), rel=1e-3, abs=0.1)
-    probabilities = torch.stack([model(torch.tensor([list(b"0 0 is ")]), b)[0, -1].softmax(-1) for b in depths])
-    likeliest = probabilities.amax(dim=0).topk(6).indices
-    assert [line[1] for line in candidates.values()] == [pytest.approx(probabilities[:, i].tolist()) for i in likeliest]
-    for rule, line in zip(RULES, passes.values()):
-        depth = early_exit(model, x, 3, Halt(rule, 0.5, epsilon=11.0))[1]
-        assert line == [[1, 2, 3], torch.bincount(depth[y >= 0], minlength=4)[1:].tolist()]
-
-
-def test_without_questions_and_a_log_their_figures_are_left_out(command, looped, checkpoint):
-    pytest.importorskip("matplotlib")
-    _, out, _ = command(evaluation, *SMALL, f"--init={looped}", f"--data={checkpoint[1]}", "--figures=figures")
-    assert "accuracy" not in out and "training" not in out and out.count(".png\n") == 6
+    assert [len(points) for points in states["3 passes"]] == [23, 23]
+    depth = early_exit(model, x, 3, HALT)[1]
+    assert list(passes.values())[0] == [[1, 2, 3], torch.bincount(depth[y >= 0], minlength=4)[1:].tolist()]
 
 
 def test_without_a_package_one_line_says_how_to_install_it(command, looped, monkeypatch):
     monkeypatch.setitem(sys.modules, "lm_eval.api.model", None)
     refused(command(evaluation, f"--init={looped}", "--tasks=piqa"), 'pip install ".[eval]"')
-    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    refused(command(evaluation, f"--init={looped}", "--figures=figures"), 'pip install ".[plots]"')
