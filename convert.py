@@ -153,7 +153,6 @@ LOOPED_MODULES = {
 # What the authors' code reads at inference, for models that they have not written.
 LOOPED_DEFAULTS = dict(N=8, q_threshold=0.6, q_eval_interval=1, halting_strategy="threshold", convergence_epsilon=0.01)
 BUFFERS = (".attn.bias", ".attn.masked_bias", ".rotary_emb.inv_freq")  # of old checkpoints; they hold no weights
-TYPES = {f.name: f.type for f in fields(Config)}
 
 
 def looped(family):
@@ -174,6 +173,7 @@ def read_config(path):
         in_order = sum(stacks, []) == list(range(values["n_layer"]))
         refuse(not in_order, f"its layers are {stacks}: expected all {values['n_layer']} in their order")
         values |= {"encoder_layers": len(stacks[0]), "decoder_layers": len(stacks[2]), "base": raw}
+        values["q_threshold"] = number(LOOPED_DEFAULTS | raw, "q_threshold", float)
         return looped(family), Config(**values), False
 
 
@@ -186,7 +186,6 @@ def read_family(base):
     rope = dict(base.get("rope_scaling") or base.get("rope_parameters") or {})  # the older spelling, the newer one
     rope.setdefault("rope_type", rope.pop("type", None))
     raw = {key: value for key, value in [*base.items(), *rope.items()] if value is not None}
-    refuse("quantization_config" in raw, "quantization_config: quantized weights are not supported")
     refuse("full_attention" in rope, "rotary positions that differ between layers are not supported")
     for key, choices in family.supported.items():
         value = raw.setdefault(key, choices[0])
@@ -194,7 +193,7 @@ def read_family(base):
     values = family.constants | {"base": base}
     for name, key in family.keys.items():
         if name not in values and key in raw:
-            values[name] = number(raw, key, TYPES[name])
+            values[name] = number(raw, key, Config.__annotations__[name])
     values.setdefault("n_kv_head", values["n_head"])
     values.setdefault("head_dim", values["n_embd"] // values["n_head"])
     values.setdefault("n_inner", 4 * values["n_embd"])
@@ -248,6 +247,7 @@ def config_to_write(config, format, dtype):
     if "base_config_dict" in config.base:
         written |= config.base
     written["base_config_dict"] = base
+    written["q_threshold"] = config.q_threshold
     written["encoder_layer_indices"] = layers[: config.encoder_layers]
     written["reasoning_layer_indices"] = layers[config.encoder_layers : end]
     written["decoder_layer_indices"] = layers[end:]
@@ -303,8 +303,8 @@ def is_transposed(name, parameter, family):
 def read_model(directory, family, config, tied, device, dtype):
     """The model of `config` with the weights of a directory. Raises InputError where these disagree with it."""
     files = tensor_files(directory)
-    with reading(directory / "config.json"), torch.device("meta"):
-        refuse(config.n_layer > len(files), f"it has {config.n_layer} layers, the weights {len(files)} tensors")
+    refuse(config.n_layer > len(files), f"{directory / 'config.json'} has more layers than the weights have tensors")
+    with torch.device("meta"):
         model = LoopUS(config)
     stored = stored_names(model, family)
     if tied and "lm_head.weight" not in files:
@@ -863,29 +863,18 @@ RECORD_KEYS = ("messages", "prompt", "completion", "text")
 
 
 def read_records(path):
-    """(where, record) of the records of a file: the lines of .jsonl, those or the list of .json, the rows of .parquet;
-    of another file {"text": its content}."""
-    read = {".parquet": read_parquet, ".json": read_lines, ".jsonl": read_lines}.get(path.suffix.lower(), read_text)
-    for number, record in enumerate(read(path), start=1):
-        yield f"record {number}", record
-
-
-def read_text(path):
-    yield {"text": path.read_text(encoding="utf-8-sig")}
-
-
-def read_lines(path):
-    with open(path, encoding="utf-8-sig") as lines:
-        if lines.read(64).lstrip().startswith("["):
+    """The records of a file: the lines of .jsonl, those or the list of .json, the rows of .parquet; of another file
+    {"text": its content}."""
+    suffix = path.suffix.lower()
+    if suffix == ".parquet":
+        yield from read_parquet(path)
+    elif suffix in (".json", ".jsonl"):
+        with open(path, encoding="utf-8-sig") as lines:
+            is_list = lines.read(64).lstrip().startswith("[")
             lines.seek(0)
-            yield from json.load(lines)
-            return
-        lines.seek(0)
-        for number, line in enumerate(lines, start=1):
-            if line.strip():
-                with reading(f"line {number}"):
-                    record = json.loads(line)
-                yield record
+            yield from json.load(lines) if is_list else map(json.loads, filter(str.strip, lines))
+    else:
+        yield {"text": path.read_text(encoding="utf-8-sig")}
 
 
 def read_parquet(path):
@@ -948,8 +937,8 @@ def read_documents(files, tokenizer):
     """All documents of all files, each as its Segments."""
     for file in files:
         with reading(file):
-            for where, record in read_records(file):
-                with reading(where):
+            for number, record in enumerate(read_records(file), start=1):
+                with reading(f"record {number}"):
                     segments = segments_of(record, tokenizer)
                 if segments:
                     yield segments
@@ -1151,10 +1140,10 @@ def one_line(message):
     return " ".join(str(message).split())
 
 
-def parse(settings, *positional):
-    """The command line as {field: value} of the dataclass `settings`, given ones only; refuses unknown flags."""
+def parse(settings, *positional, arguments=None):
+    """The command line, or these arguments, as {field: value} of the dataclass `settings`, given ones only."""
     parser = ArgumentParser(description=settings.__doc__, allow_abbrev=False, argument_default=SUPPRESS)
-    parser.error = lambda message: parser.exit(2, f"{parser.prog}: {one_line(message)}; --help lists all flags\n")
+    parser.error = partial(refuse, True)
     for setting in fields(settings):
         options = {"help": f"{setting.metadata['help']} (default {setting.default!r})".replace("%", "%%")}
         name = f"--{setting.name}"
@@ -1168,17 +1157,19 @@ def parse(settings, *positional):
             options["choices"] = setting.metadata["choices"]
             options["metavar"] = "|".join(options["choices"] or [setting.type.__name__.upper()])
         parser.add_argument(name, **options)
-    return vars(parser.parse_args())
+    return vars(parser.parse_args(arguments))
 
 
-def check_setting(setting, value):
-    """Raise InputError where a field that `flag` has made cannot have this value."""
-    least = setting.metadata["least"]
-    choices = setting.metadata["choices"]
-    fits = type(value) is setting.type or (setting.type is float and type(value) is int)
-    fits = fits and (least is None or value >= least)
-    fits = fits and (choices is None or value in (setting.default, *choices))
-    refuse(not fits, f"{setting.name} is {value!r}: expected {setting.type.__name__}, {setting.metadata['help']}")
+def as_flags(settings):
+    """The command line that gives these settings, without the defaults."""
+    flags = []
+    for setting in fields(settings):
+        value = getattr(settings, setting.name)
+        if value in (True, False) and setting.type is bool:
+            flags.append(f"--{'' if value else 'no-'}{setting.name}")
+        elif value != setting.default:
+            flags.append(f"--{setting.name}={value}")
+    return flags
 
 
 def checked(kind, least, text):
@@ -1257,7 +1248,7 @@ class Inference:
     init: str = flag("", "model: directory or hub name; empty: the newest checkpoint below ./out")
     max_loops: int = flag(8, "most passes per token; 8 is the paper's budget, 0 the pretrained model", 0)
     halt: str = flag("threshold", "the rule to stop a token by: or convergence, cdf", None, RULES)
-    threshold: float = flag(0.6, "confidence at which a token stops (paper: 0.6); above 1: never")
+    threshold: float = flag(None, "confidence at which a token stops; above 1: never; empty: what suits the model")
     epsilon: float = flag(1.0, "for convergence: length of a step at which it stops (paper: 0.1 … 100)", 0)
     min_loops: int = flag(1, "fewest passes per token", 1)
     device: str = flag("", "cpu, cuda or mps; empty: the best there is")
@@ -1267,9 +1258,13 @@ class Inference:
         return Halt(self.halt, self.threshold, self.epsilon, self.min_loops)
 
     def load(self, directory):
-        """→ the model and the tokenizer of a directory, to read and write text with."""
+        """→ the model and the tokenizer of a directory, to read and write text with; and fill in the threshold."""
         model, tokenizer = load(directory, *pick_device(self.device, self.dtype))
         refuse(tokenizer is None, f"{directory} has no tokenizer.json: text cannot be read or written without one")
+        if self.threshold is None:
+            self.threshold = model.config.q_threshold
+            if self.threshold != Config.q_threshold:
+                print(f"--threshold={self.threshold}, as the model was trained", file=sys.stderr)
         return model, tokenizer
 
 

@@ -11,7 +11,6 @@ once, M runs up to max_loops (the paper's B) times through a selective gate, eac
     h^{b+1} = α ⊙ M(h^b) + (1 − α) ⊙ h^b               Eq. 5: a damped step towards the fixed point h* = M(h*)
     logits  = D(h^B)
     q(h)    = σ(Linear(LayerNorm(h)))                  the confidence that this state is good enough to stop
-
 Shapes: B batch, T tokens, C width of the states (n_embd), V vocabulary, n heads, m key/value heads, hd width of a head.
 """
 
@@ -61,6 +60,7 @@ class Config:
     encoder_layers: int = 1  # the first layers, run once
     decoder_layers: int = 1  # the last layers, run once
     gate_start: str = "0.5"  # α of every channel before training, or "s4d": the authors' start
+    q_threshold: float = 0.6  # the confidence to stop at that suits this model
     base: dict | None = None  # the pretrained model's own config.json, for writing it back
 
     def __post_init__(self):
@@ -359,8 +359,8 @@ class LoopUS(nn.Module):
     @torch.no_grad()
     def stream(self, prompts, max_new_tokens, max_loops, halt, draw, ends=()):
         """Continue prompts (lists of tokens) a token at a time: yields (token, depth) of each. draw: logits (B, V) →
-        tokens (B,). A text ends with a token of `ends`, which is then yielded again, with depth 0. When the context is
-        full, the newest half of a text runs again from position 0. InputError: a prompt that is empty or too long."""
+        tokens (B,). A text ends with a token of `ends`, then yielded again with depth 0. In a full context the newest
+        half of a text runs again from position 0. InputError: a prompt that is empty or too long."""
         texts = [list(prompt) for prompt in prompts]
         if not texts or [] in texts:
             raise InputError("a prompt is empty: give at least one token")
@@ -437,9 +437,8 @@ def early_exit(model, idx, max_loops, halt, together=False):
         return model.propose(h), depth
     B, T = idx.shape
     last_kv = model.new_cache(B, T, 1)[1]  # keys and values of each token's last pass
-    rows = torch.arange(B, device=idx.device)
     at = model.positions([0] * B, T)
-    at = at.in_cache(rows, S=T)
+    at = at.in_cache(torch.arange(B, device=idx.device), S=T)
     running = at.running
     log_doubt = 0.0
     for b in range(1, max_loops + 1):
@@ -484,8 +483,8 @@ def losses(model, h, h_before, targets, following, confidence_loss=token_confide
 
 def deep_supervision(model, idx, targets, supervised, span=1, confidence_loss=token_confidence_loss):
     """Random deep supervision (§3.2, Fig. 4): loop over idx (B, T), and yield the `losses` after each supervised pass
-    (from 0). Call backward before asking for the next: memory then holds the graph of one span. A gradient crosses
-    `span` passes (the paper: 1), never past the last supervised one, nor past h⁰ unless the encoder trains."""
+    (from 0). Call backward before asking for the next: memory then holds one span. A gradient crosses `span` passes
+    (the paper: 1), never past the last supervised one, nor past h⁰ unless the encoder trains."""
     following = torch.cat((idx[:, 1:], targets[:, -1:]), dim=1)
     tracked = {b - i for b in supervised for i in range(span)}  # passes with gradient
     with torch.set_grad_enabled(0 in tracked):

@@ -22,7 +22,8 @@ import torch
 import convert
 import loopus
 from convert import flag, refuse
-from loopus import Block, Halt, InputError, Positions
+from eval import accuracy_by_kind, held_out
+from loopus import Block, Halt, Positions, early_exit
 
 TINTS = (75, 79, 114, 150, 186, 215, 209, 203)  # terminal colours from cool, few passes, to warm, many
 
@@ -86,12 +87,10 @@ def write(model, tokenizer, prompt, s):
 
 # ---- A conversation
 class Conversation:
-    """What was said, as tokens, and a cache that holds it from turn to turn, so that no token runs twice. When the
-    context is full, the oldest turns are forgotten, and what remains runs again.
+    """What was said, as tokens. When the context is full, the oldest turns are forgotten.
 
     beginning   the tokens before all turns, with the system message
     turns       of each question and its reply
-    cached      how many of all these tokens the cache holds
     """
 
     def __init__(self, model, tokenizer, s):
@@ -105,8 +104,6 @@ class Conversation:
         if s.system:
             self.beginning += self.message("system", s.system)
         self.turns = []
-        self.cache = model.new_cache(1, 0, s.max_loops)
-        self.cached = 0
 
     def message(self, role, content):
         """The tokens of a message, as training reads them: in its content, special tokens are plain text."""
@@ -117,55 +114,36 @@ class Conversation:
         return self.beginning + [token for turn in self.turns for token in turn]
 
     def ask(self, question):
-        """Add a question to the conversation. Raises InputError where it is longer than the context."""
+        """Add a question to the conversation. Raises InputError where it leaves no room for a reply."""
         context = self.model.config.block_size
+        room = context - min(self.s.max_new_tokens, context // 2)
         opening = self.tokenizer.template.opening.format(role="assistant")
         asked = self.message("user", question) + self.tokenizer.encode(opening)
-        if len(self.beginning) + len(asked) >= context:
-            lengths = f"{len(self.beginning)} tokens before all turns, and a message of {len(asked)}"
-            raise InputError(f"{lengths}, do not fit the context of {context}: shorten the longer one")
+        lengths = f"{len(self.beginning)} tokens before all turns, and a message of {len(asked)}"
+        too_long = len(self.beginning) + len(asked) > room
+        refuse(too_long, f"{lengths}, do not fit the context of {context} with a reply: shorten the longer one")
         if self.turns:  # its reply does not hold its end
             self.turns[-1] += self.ending
         self.turns.append(asked)
-        if len(self.tokens()) + min(self.s.max_new_tokens, context // 2) > context and len(self.turns) > 1:
-            print("the context is full: the oldest turns are forgotten", file=sys.stderr)
-            self.cached = 0
-            while len(self.turns) > 1 and len(self.tokens()) > context // 2:
-                del self.turns[0]
-        held = self.cache[0].size(3)
-        larger = self.model.new_cache(1, min(len(self.tokens()) + self.s.max_new_tokens, context), self.s.max_loops)
-        if larger[0].size(3) > held:
-            for part, part_before in zip(larger, self.cache):
-                part[:, :, :, :held] = part_before
-            self.cache = larger
+        while len(self.tokens()) > room:
+            del self.turns[0]
 
     def reply(self):
         """Answer the question, token by token, up to the end of the message: yields [(token, depth)] of each."""
-        for _ in range(self.s.max_new_tokens):
-            if len(self.tokens()) == self.model.config.block_size:
-                print("\nthe context is full: the reply is cut", file=sys.stderr)
-                return
-            idx = torch.tensor([self.tokens()[self.cached :]], device=self.model.wte.weight.device)
-            logits, depth = self.model.advance(idx, [self.cached], self.cache, self.s.max_loops, self.s.rule())
-            self.cached += idx.size(1)
-            token = self.draw(logits).item()
+        ids = self.tokens()
+        most = min(self.s.max_new_tokens, self.model.config.block_size - len(ids))
+        for [(token, depth)] in self.model.stream([ids], most, self.s.max_loops, self.s.rule(), self.draw):
             if token in self.ends:
                 return
             self.turns[-1].append(token)
-            yield [(token, depth[0, -1].item())]
+            yield [(token, depth)]
 
 
 def chat(model, tokenizer, s):
     """Answer what is said, in one conversation."""
     conversation = Conversation(model, tokenizer, s)
     for question in inputs(s):
-        try:
-            conversation.ask(question.strip())
-        except InputError as e:
-            if not sys.stdin.isatty():
-                raise
-            print(f"error: {e}", file=sys.stderr)
-            continue
+        conversation.ask(question.strip())
         show(conversation.reply(), tokenizer, s)
 
 
@@ -313,9 +291,9 @@ def record_step(model):
 MUCH_TO_READ = 100e9  # weights, as 124 tokens of SmolLM2-135M at 8 passes read: then the first compiling has paid
 
 
-def made_fast(model, s):
+def made_fast(model, s, dtype):
     """The model made fast to write with, sharing its weights: its step compiled, where --compile says so or, if it says
-    nothing, where that pays on this CPU; on a GPU recorded. Where compiling fails, a line says why."""
+    nothing, where that pays on this CPU; else in `dtype`, on a GPU recorded. Where compiling fails, a line says why."""
     compiling = s.compile
     if compiling is None:
         compiler = os.environ.get("CXX") or {"darwin": "clang++", "win32": "cl"}.get(sys.platform, "g++")
@@ -333,8 +311,39 @@ def made_fast(model, s):
             return compiled
         except Exception as e:  # of many types: of torch, of the compiler, of the disk
             print(f"compiling failed, going on without: {convert.one_line(e):.200}", file=sys.stderr)
+    model.to(dtype)
     record_step(model)
     return model
+
+
+# ---- Without a prompt: what the model's training held out
+def show_held_out(model, tokenizer, directory, s):
+    """One held-out document's questions, each with the answer and the passes that it took, and what many come to; or,
+    where there are none, a passage's beginning and how the model goes on."""
+    tokens, documents = held_out(directory, tokenizer, model.config.block_size)
+    if not documents:
+        print("The first words of held-out text, and how the model goes on:\n")
+        ids = [max(i, ~i) for i in tokens[:32].tolist()]
+        return write(model, tokenizer, tokenizer.decode(ids), s)
+    tokens, answers = documents[0]
+    h, depths = early_exit(model, torch.tensor([tokens], device=model.wte.weight.device), s.max_loops, s.rule())
+    said = model.decode(h)[0].argmax(dim=-1).tolist()
+    rows = []
+    end = 0
+    for kind, start, stop in answers:
+        passes = max(depths[0, start - 1 : stop - 1].tolist())
+        words = [tokenizer.decode(part) for part in (tokens[end:start], tokens[start:stop], said[start - 1 : stop - 1])]
+        rows.append((kind, passes, *words))
+        end = stop
+    print(f"A held-out document:{rows[0][2]} …\n\n{'':9} question  answer  it says  passes")
+    for kind, passes, question, answer, reply in sorted(rows):
+        mark = "" if reply == answer else "wrong"
+        line = f"{kind:9} {question[-8:]:>8} {answer:>7} {reply:>8} {passes:>7}  {mark}"
+        print(tint(line.rstrip(), passes, s.max_loops))
+    documents = documents[:50]
+    means = accuracy_by_kind(model, documents, [1], s.rule(), s.max_loops).values()
+    share, passes, once = (sum(row[name] for row in means) / len(means) for name in ("exit", "passes", 1))
+    print(f"\n{len(documents)} such documents: {share:.2f} right after {passes:.2f} passes each, {once:.2f} after 1")
 
 
 # ---- The program
@@ -344,7 +353,7 @@ def inputs(s):
         yield s.prompt
     elif sys.stdin.isatty():
         greeting = "Say something." if s.chat else "What should it continue?"
-        print(f"{greeting} An empty line ends. Ctrl-C stops a text.")
+        print(f"\n{greeting} An empty line ends. Ctrl-C stops a text.")
         with suppress(EOFError):
             while (line := input("\n> ")).strip():
                 yield line
@@ -358,16 +367,26 @@ def main():
     s = Settings(**convert.parse(Settings))
     refuse(s.system and not s.chat, "--system without --chat: only a conversation has a system message")
     refuse(s.trace and s.chat, "--trace is of a text, not of a conversation: leave out --chat")
-    model, tokenizer = s.load(s.init)
-    unknown = s.chat and tokenizer.template is None
-    refuse(unknown, "the model has no chat template that we know: expected ChatML, Llama 3's or Phi-4's")
-    if not s.trace:
-        model = made_fast(model, s)
+    directory = convert.resolve(s.init)
+    device, dtype = convert.pick_device(s.device, s.dtype)
+    if device.type == "cpu":
+        s.dtype = s.dtype or "fp32"  # the fastest where it is compiled
+    model, tokenizer = s.load(directory)
     if s.chat:
-        return chat(model, tokenizer, s)
+        unknown = "the model has no chat template that we know: expected ChatML, Llama 3's or Phi-4's"
+        refuse(tokenizer.template is None, unknown)
+        return chat(made_fast(model, s, dtype), tokenizer, s)
+    if not s.trace:
+        model = made_fast(model, s, dtype)
+    trained = (directory / "settings.json").exists() and s.max_loops > 0
+    if trained and not s.prompt and sys.stdin.isatty():
+        show_held_out(model, tokenizer, directory, s)
     for prompt in inputs(s):
-        work = trace if s.trace else write
-        work(model, tokenizer, prompt, s)
+        if not prompt and trained:
+            show_held_out(model, tokenizer, directory, s)
+        else:
+            work = trace if s.trace else write
+            work(model, tokenizer, prompt, s)
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ import sys
 import time
 import warnings
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, replace
 from datetime import timedelta
 from functools import lru_cache, partial
 from pathlib import Path
@@ -36,7 +36,7 @@ from torch.utils.checkpoint import checkpoint
 
 import convert
 from convert import flag, refuse
-from eval import accuracy_by_kind, depth_losses, print_accuracy, read_answers
+from eval import NEVER, accuracy_by_kind, depth_losses, exit_stats, print_accuracy, read_answers, summary
 from loopus import Config, Halt, InputError, LoopUS, deep_supervision, sequence_confidence_loss, token_confidence_loss
 
 RECIPES = {
@@ -86,6 +86,7 @@ class Settings:
 
 
 FIXED = ("init", "data", "objective", "trains", "encoder_layers", "decoder_layers", "gate_start")  # in a resumed run
+THRESHOLDS = (0.5, 0.6, 0.8, 0.9, 0.95, 0.99)  # of confidence, tried at the end of training
 CONFIDENCE_LOSSES = {"token": token_confidence_loss, "sequence": sequence_confidence_loss}
 
 
@@ -429,30 +430,6 @@ def optimizer_step(run, s):
     return norm
 
 
-def step_flops(model, s, supervised):
-    """Floating-point operations of a step, on paper (§3.2). A matrix costs 2 per weight and token forward, and 4 more
-    backward; attention to T/2 tokens before, two products of 2 operations: 2 T n hd. The encoder and the passes up to
-    the last supervised one run forward, and those with gradient also backward. Each supervised pass has a decoder
-    forward and backward, and one forward for the loss before it. What is run again in backward does not count."""
-    layer = 2 * matrix_weights(model.reasoning[0]) + 2 * s.context * model.config.n_head * model.config.head_dim
-    tracked = {b - i for b in supervised for i in range(s.span)}
-    if s.objective == "lm":
-        encoders = passes = decoders = 3
-        gates = 0
-    else:
-        encoders = 3 if s.trains == "all" and 0 in tracked else 1
-        gates = passes = max(supervised) + 1 + 2 * sum(b >= 0 for b in tracked)
-        decoders = 4 * len(supervised)
-    layers = encoders * model.config.encoder_layers + passes * model.config.reasoning_layers
-    layers += decoders * model.config.decoder_layers
-    per_token = layers * layer + gates * 2 * matrix_weights(model.gate) + decoders * 2 * matrix_weights(model.lm_head)
-    return per_token * s.accumulate * s.batch * s.context
-
-
-def matrix_weights(module):
-    return sum(p.numel() for p in module.parameters() if p.dim() > 1)
-
-
 # ---- The log
 def rounded(x):
     """x to seven digits; None where it is not finite: JSON has no word for that."""
@@ -480,18 +457,43 @@ def log_step(run, s, terms, norm, seconds):
 
 
 def evaluate(run, s, held_out):
-    """Write the held-out loss at each depth to the log."""
-    depths = [0] if s.objective == "lm" else [0, 1, 2, 4, 8]
+    """Write the held-out loss at each depth to the log, and → it."""
+    depths = [0] if s.objective == "lm" else [b for b in (0, 1, 2, 4, 8) if b < s.max_loops] + [s.max_loops]
     losses = depth_losses(run.fast, held_out, depths, s.batch)
     write_log(run, s, {"held_out": {depth: rounded(loss) for depth, loss in losses.items()}})
+    return losses
+
+
+def conclude(run, s, held_out):
+    """After the last step: say what came of it and, of a loop, write into the checkpoint the lowest of THRESHOLDS whose
+    loss with exit is within 1 % of the best depth's; where there is none, one at which no token stops."""
+    losses = evaluate(run, s, held_out)
+    if s.objective == "lm":
+        return
+    best = min(loss for depth, loss in losses.items() if depth > 0)
+    for threshold in (*THRESHOLDS, NEVER.threshold):
+        exit = exit_stats(run.fast, held_out, s.max_loops, Halt(threshold=threshold), s.batch)
+        if exit["loss"] <= 1.01 * best:
+            break
+    run.model.config.q_threshold = threshold
+    if rank() == 0:
+        _, config = convert.config_to_write(run.model.config, "authors", torch.float32)
+        with convert.all_or_nothing(last_checkpoint(s)) as unfinished:
+            (unfinished / "config.json").write_text(json.dumps(config, indent=2), encoding="utf-8")
+    print(f"held out, exit at a confidence of {threshold}: {summary(losses, exit)}", flush=True)
 
 
 # ---- The loop
 @contextmanager
 def noted(signals):
     """Ctrl-C and SIGTERM during a step, or while it is saved, are noted and do not interrupt."""
+
+    def note(number, _):
+        signals.append(number)
+        os.write(2, b"\nstopping after this micro-batch, or when all is saved\n")
+
     for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda number, _: signals.append(number))
+        signal.signal(number, note)
     try:
         yield
     finally:
@@ -531,7 +533,7 @@ def take_all_steps(run, s, tokens, held_out):
                 take_step(run, s, tokens, signals)
         if summed(torch.tensor(len(signals))) > 0:
             raise KeyboardInterrupt
-        evaluate(run, s, held_out)
+        conclude(run, s, held_out)
     except KeyboardInterrupt:
         going_on = "nothing is saved yet"
         with noted(signals):
@@ -663,7 +665,7 @@ def story(given):
     stage("3/3 recast it and train the loop on the same chains, for as many steps", loop)
     model, tokenizer = convert.load(last_checkpoint(loop))
     documents = read_answers(Path(loop.val), tokenizer, model.config.block_size)
-    table = accuracy_by_kind(model, documents, [1, 2, 4, 8], Halt(threshold=0.95))
+    table = accuracy_by_kind(model, documents, [1, 2, 4, 8], Halt(threshold=model.config.q_threshold))
     for name, s in (("control", control), ("base", base)):
         unlooped, _ = convert.load(last_checkpoint(s))
         for kind, columns in accuracy_by_kind(unlooped, documents, [0]).items():
@@ -672,7 +674,7 @@ def story(given):
     tokens, answers = documents[0]
     question = tokenizer.decode(tokens[: answers[0].start])
     print(f"\nThat took {(time.time() - begun) / 60:.1f} minutes. Now watch an answer form pass by pass:")
-    print(f'python sample.py --trace --threshold=0.95 --prompt="{question}"')
+    print(f'python sample.py --trace --prompt="{question}"')
 
 
 def stage(title, s):
@@ -692,16 +694,15 @@ def resumed(given):
     cannot change in the middle of a run."""
     out = given.get("out", Settings.out)
     directory = newest(out)
-    settings = convert.read_json(directory / "settings.json")
-    settings.pop("files", None)
     with convert.reading(directory / "settings.json"):
-        Settings(**settings)
-        for setting in fields(Settings):
-            convert.check_setting(setting, settings[setting.name])
+        saved = convert.read_json(directory / "settings.json")
+        saved.pop("files")
+        refuse(saved.keys() != asdict(Settings()).keys(), "another version has written it: train anew")
+        before = Settings(**convert.parse(Settings, arguments=convert.as_flags(Settings(**saved))))
     for name in FIXED:
-        changed = given.get(name, settings[name]) != settings[name]
-        refuse(changed, f"--{name} cannot change in a resumed run, which has {settings[name]!r}: leave it out")
-    return settings | given | {"out": out}
+        changed = given.get(name, getattr(before, name)) != getattr(before, name)
+        refuse(changed, f"--{name} cannot change in a resumed run, which has {saved[name]!r}: leave it out")
+    return asdict(before) | given | {"out": out}
 
 
 LAUNCH = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")  # what torchrun sets, and leftovers of clusters seldom do
@@ -735,7 +736,11 @@ def main():
         if device.type == "cpu" and "recipe" not in given:
             given["recipe"] = "short"
             print(f"--recipe=short on a CPU (--recipe=paper for the paper's constants): {RECIPES['short']}")
-        train(Settings(**RECIPES[given.get("recipe") or "paper"] | given))
+        s = Settings(**RECIPES[given.get("recipe") or "paper"] | given)
+        directory = train(s)
+        if s.objective == "loop":
+            print("Whether passes pay, a control tells: these flags with --objective=lm and another --out. Go on with:")
+            print(f"python sample.py --init={directory}\npython eval.py --init={directory}")
     elif launched:
         raise InputError(f"{', '.join(LAUNCH)} are set, but without --init train.py runs in one process: unset them")
     else:

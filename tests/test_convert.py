@@ -138,7 +138,6 @@ def test_shards_without_an_index_are_read_by_their_names():
         (dict(sliding_window=16), "sliding window"),
         (dict(layer_types=["sliding_attention"] * 4), "sliding window"),
         (dict(model_type="mistral", max_position_embeddings=8192), "sliding window"),  # 4096 where it states none
-        (dict(quantization_config=dict(quant_method="gptq")), "quantized"),
         (dict(tensors=lambda state: state | dict(a=torch.zeros(2, dtype=torch.int32))), "quantized"),
         (dict(hidden_size=32.5), "hidden_size is 32.5: expected int"),
         (dict(rms_norm_eps="1e-5"), "rms_norm_eps is '1e-5': expected float"),

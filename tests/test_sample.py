@@ -14,7 +14,7 @@ from conftest import GOLDEN, ROOT, random_model, typed
 
 import convert
 import sample
-from loopus import Halt, InputError
+from loopus import Halt, InputError, early_exit
 
 GREEDY = ("--temperature=0", "--max_loops=4", "--dtype=fp32", "--device=cpu")
 
@@ -101,6 +101,45 @@ def test_a_trace_has_the_numbers_of_plain_calls_and_marks_where_the_rule_first_h
     assert [b for b, row in enumerate(rows) if row.endswith("  ← exit")] == [1 + sure.index(True)]
 
 
+# ---- Without a prompt: what training held out
+def trained_on(directory, data, val):
+    """Have a checkpoint's training held out this text."""
+    settings = dict(files=[str(data)], data=str(data), val=str(val))
+    (directory / "settings.json").write_text(json.dumps(settings))
+
+
+def test_without_a_prompt_held_out_questions_are_answered_by_difficulty(write, checkpoint, monkeypatch):
+    directory, text = checkpoint
+    records = [dict(prompt=["ab c", "; d"], completion=["e", "fg"], kind=["2 links", "1 links"])] * 3
+    answers = directory / "answers.jsonl"
+    answers.write_text("".join(json.dumps(record) + "\n" for record in records))
+    trained_on(directory, text, answers)
+    pipe(monkeypatch, b"")
+    code, out, err = write(directory, "--threshold=0.5", "--max_loops=3")
+    assert code == 0, err
+    model, tokenizer = convert.load(directory)
+    h, passes = early_exit(model, torch.tensor([list(b"ab ce; dfg")]), 3, Halt(threshold=0.5))
+    said = model.decode(h)[0].argmax(-1).tolist()
+    lines = out.splitlines()
+    assert lines[0] == "A held-out document:ab c …"
+    assert lines[3].split()[:5] == ["1", "links", ";", "d", "fg"] and str(max(passes[0, 7:9].tolist())) in lines[3]
+    assert lines[4].split()[:5] == ["2", "links", "ab", "c", "e"] and str(passes[0, 3].item()) in lines[4]
+    right = [said[3:4] == [ord("e")], said[7:9] == list(b"fg")]
+    assert f"3 such documents: {sum(right) / 2:.2f} right after" in lines[-1] and out.count("wrong") == right.count(
+        False
+    )
+
+
+def test_without_a_prompt_the_beginning_of_held_out_text_is_continued(write, checkpoint, monkeypatch):
+    directory, text = checkpoint
+    trained_on(directory, text, text)
+    beginning = text.read_text()[:32]
+    expected = write(directory, f"--prompt={beginning}", "--max_new_tokens=5")[1]
+    pipe(monkeypatch, b"")
+    code, out, _ = write(directory, "--max_new_tokens=5")
+    assert (code, out) == (0, f"The first words of held-out text, and how the model goes on:\n\n{expected}")
+
+
 # ---- Conversations
 TEMPLATES = {  # of each golden tokenizer: what stands before a conversation, before a message, at its end, and after it
     "smollm2": ("", "<|im_start|>{}\n", "<|im_end|>", "\n"),
@@ -138,7 +177,7 @@ def replied(talk):
 
 
 def whole_reply(talk, loops=4):
-    """What greedy decoding writes after all that was said, without the chat's cache, up to an end."""
+    """What greedy decoding writes after all that was said, up to an end."""
     before = talk.tokens()
     [tokens], [depths] = talk.model.generate([before], 12, loops, talk.s.threshold, temperature=0)
     return list(takewhile(lambda step: step[0] not in talk.ends, zip(tokens[len(before) :], depths.tolist())))
@@ -176,28 +215,18 @@ def test_special_tokens_that_are_typed_are_plain_text_as_in_training(tmp_path, n
 def test_from_turn_to_turn_replies_are_those_of_the_whole_conversation(tmp_path, loops):
     talk = conversation(chat_model(tmp_path / "chat"), max_loops=loops, system="Be brief.")
     for question in ("What is the sea?", "And why?", "Tell me."):
-        cached = len(talk.tokens()) - 1 if talk.turns else 0
         talk.ask(question)
-        assert talk.cached == cached  # only what is new runs
         assert whole_reply(talk, loops) == replied(talk)
-    talk.ask("Go on.")
-    broken_off = talk.model.norm.register_forward_hook(lambda *_: sys.exit("Ctrl-C, at the end of a pass"))
-    with pytest.raises(SystemExit):
-        replied(talk)
-    broken_off.remove()
-    talk.ask("Why?")
-    assert whole_reply(talk, loops) == replied(talk)
 
 
-def test_a_full_context_forgets_the_oldest_turns_and_refuses_what_is_longer(tmp_path, capsys):
+def test_a_full_context_forgets_the_oldest_turns_and_refuses_what_is_longer(tmp_path):
     talk = conversation(chat_model(tmp_path / "chat", block_size=80), system="Be brief.")
     for i in range(6):
         talk.ask(f"{i}?")
         assert whole_reply(talk) == replied(talk)
     remains = talk.tokenizer.decode(talk.tokens())
     assert remains.startswith("<|im_start|>system\nBe brief.<|im_end|>\n") and "5?" in remains and "0?" not in remains
-    assert "the context is full: the oldest turns are forgotten\n" in capsys.readouterr().err
-    with pytest.raises(InputError, match="fit the context of 80: shorten"):
+    with pytest.raises(InputError, match="fit the context of 80 with a reply: shorten"):
         talk.ask("x y " * 60)
     assert talk.tokenizer.decode(talk.tokens()) == remains  # as if that had not been said
 
@@ -228,7 +257,7 @@ def test_what_cannot_be_continued_or_answered_is_refused_in_one_line(write, chec
         refused(write(*flags), "utf-8")
     refused(write(chat, "--system=b"), "--system", "--chat")
     refused(write(chat, "--trace", "--chat"), "--trace", "--chat")
-    refused(write(chat, "--chat", f"--prompt={'a b ' * 256}"), "fit the context of 256: shorten")
+    refused(write(chat, "--chat", f"--prompt={'a b ' * 256}"), "fit the context of 256 with a reply: shorten")
     refused(write(checkpoint[0], "--chat"), "no chat template that we know")
     (chat / "tokenizer_config.json").write_text('{"chat_template": "[INST]"}')  # though the tokens of ChatML are there
     refused(write(chat, "--chat"), "no chat template that we know")

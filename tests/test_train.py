@@ -16,13 +16,16 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT, random_model
+from speed import step_flops
 from test_sample import refused
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 import convert
 import eval as evaluation
+import sample
 import train
+from eval import NEVER
 from train import Settings
 
 pytestmark = pytest.mark.usefixtures("checkpoint")  # each test in a directory of its own, with a model and text.txt
@@ -97,9 +100,9 @@ def test_step_flops_are_those_that_torch_counts(span, supervised):
         with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
             for terms in train.supervised_losses(run, s, x, x, supervised):
                 sum(terms).backward()
-        flops = train.step_flops(model, s, supervised)
+        flops = step_flops(model, s, supervised)
         model.config.n_head = 0
-        attention = flops - train.step_flops(model, s, supervised)
+        attention = flops - step_flops(model, s, supervised)
         model.config.n_head = 4
         counted = counter.get_total_flops()  # attention also to later tokens, which is as much again
         assert flops + attention == pytest.approx(counted, rel=0.01)
@@ -163,7 +166,7 @@ def test_a_gradient_that_is_not_finite_is_left_out_and_five_in_a_row_end_the_run
     refused(ended, "no finite gradient in 5 steps to 5: lower --lr; bad keeps its checkpoints")
     steps, held_out = log("bad")
     assert [row["left_out"] for row in steps] == [1, 2, 3, 4]
-    assert list(held_out[0]["held_out"].values()) == [None] * 5
+    assert list(held_out[0]["held_out"].values()) == [None] * len(held_out[0]["held_out"])
 
 
 def test_the_log_has_the_losses_rate_and_speed_of_steps_and_the_held_out_loss_of_each_depth(monkeypatch, capsys):
@@ -178,9 +181,26 @@ def test_the_log_has_the_losses_rate_and_speed_of_steps_and_the_held_out_loss_of
         expected = dict(step=step, left_out=0, tokens_per_second=2 * 2 * 32 / 2, seconds_left=2 * (6 - step))
         assert expected.items() <= row.items()
         assert row["lr"] == pytest.approx(train.learning_rate(small(lr=1e-3), step - 1))
-    assert [(row["step"], *row["held_out"]) for row in held_out] == [(step, *"01248") for step in (0, 3, 6)]
+    assert [(row["step"], *row["held_out"]) for row in held_out] == [(step, *"0124") for step in (0, 3, 6)]
     assert held_out[2]["held_out"]["1"] < held_out[0]["held_out"]["1"]  # it learns
     assert f"step 4  lm {steps[2]['lm']}  mono" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("sure", [True, False])
+def test_a_run_ends_in_a_threshold_that_suits_the_model_and_other_programs_take_it(command, monkeypatch, sure):
+    losses = dict.fromkeys(train.THRESHOLDS, 9.0) | {NEVER.threshold: 1.0}
+    if sure:
+        losses |= {0.9: 1.005, 0.95: 1.0}
+    monkeypatch.setattr(train, "depth_losses", lambda model, held_out, depths, batch: dict.fromkeys(depths, 1.0))
+    stats = {threshold: dict(loss=loss, mean_passes=2) for threshold, loss in losses.items()}
+    monkeypatch.setattr(train, "exit_stats", lambda model, held_out, loops, halt, batch: stats[halt.threshold])
+    directory = train.train(small())
+    model, _ = convert.load(directory)
+    assert model.config.q_threshold == (0.9 if sure else NEVER.threshold)
+    _, _, err = command(sample, f"--init={directory}", "--prompt=a", "--max_new_tokens=1")
+    assert f"--threshold={model.config.q_threshold}, as the model was trained\n" in err
+    convert.save(model, None, "again")
+    assert convert.load("again")[0].config.q_threshold == model.config.q_threshold
 
 
 # ---- A run that goes on
@@ -285,7 +305,8 @@ def interrupted(s, line, number, meanwhile=lambda: None):
 def test_a_signal_during_a_step_saves_what_is_done_and_says_how_to_go_on(command, number):
     code, err = interrupted(small(steps=2000, accumulate=1, eval_every=2000), "step 3  lm", number)
     step = log()[0][-1]["step"]
-    assert (code, err) == (1, f"stopped by a signal after step {step}; --resume --out=run goes on\n")
+    assert code == 1 and err.startswith("\nstopping after this micro-batch")
+    assert err.endswith(f"\nstopped by a signal after step {step}; --resume --out=run goes on\n")
     assert saved() == [f"step-{step:07d}"]
     assert command(train, "--resume", "--out=run", f"--steps={step + 2}")[0] == 0
     assert [row["step"] for row in log()[0]] == list(range(1, step + 3))
