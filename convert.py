@@ -263,8 +263,6 @@ def load(src, device="cpu", dtype=torch.float32, encoder_layers=-1, decoder_laye
     directory = resolve(src)
     family, config, tied = read_config(directory / "config.json")
     config.gate_start = gate_start or config.gate_start
-    known_start = re.fullmatch(r"s4d|0?\.\d*[1-9]\d*", config.gate_start)
-    refuse(not known_start, f"gate_start is {config.gate_start}: give a first α between 0 and 1, or s4d")
     tokenizer = load_tokenizer(directory, config.vocab_size)
     model = read_model(directory, family, config, tied, device, dtype).eval()
     cuts = [config.encoder_layers, config.decoder_layers]
@@ -612,15 +610,9 @@ class ByteLevel:
         self.vocab = model["vocab"] | self.added
         longest_first = sorted(filter(None, self.added), key=len, reverse=True)
         self.split = re.compile("(" + ("|".join(map(re.escape, longest_first)) or "(?!)") + ")").split
-        self.encode_again = lru_cache(maxsize=1 << 16)(self.encode_once)  # of short texts, such as answers
 
     def encode(self, text, typed, first):
         """See `Tokenizer.encode`."""
-        if len(text) <= 32:
-            return self.encode_again(text, typed)
-        return self.encode_once(text, typed)
-
-    def encode_once(self, text, typed):
         if typed:
             return self.encode_words(text)
         ids = []
@@ -1181,11 +1173,6 @@ def checked(kind, least, text):
     if least is not None and not least <= value < 1 << 31:
         raise ArgumentTypeError(f"{text}: expected at least {least}")
     return value
-
-
-def valid_seed(seed):
-    """Any integer → one that torch and numpy take; those that both take by themselves stay as they are."""
-    return seed % (1 << 63)
 
 
 def run(main):

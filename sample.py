@@ -37,7 +37,7 @@ class Settings(convert.Inference):
     temperature: float = flag(0.8, "0: always the likeliest token", 0)
     top_k: int = flag(50, "draw among this many likeliest tokens", 1)
     top_p: float = flag(1.0, "of these, among the fewest likeliest that reach this probability", 0)
-    seed: int = flag(2026, "of the random draws")
+    seed: int = flag(2026, "of the random draws", 0)
     compile: bool = flag(None, "compile the step of a token; if not said: where it pays on a CPU; GPUs record it")
     trace: bool = flag(False, "show the next token's candidates after each pass instead of writing")
     chat: bool = flag(False, "a conversation in the model's chat template; each line that is typed or piped is a turn")
@@ -46,7 +46,7 @@ class Settings(convert.Inference):
 
 def drawing(model, s):
     """The function logits → tokens of these settings."""
-    generator = torch.Generator(model.wte.weight.device).manual_seed(convert.valid_seed(s.seed))
+    generator = torch.Generator(model.wte.weight.device).manual_seed(s.seed)
     return partial(loopus.sample, temperature=s.temperature, top_k=s.top_k, top_p=s.top_p, generator=generator)
 
 

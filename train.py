@@ -65,7 +65,7 @@ class Settings:
     trains: str = flag("middle", "all but embedding and encoder (paper), or all", None, ("middle", "all"))
     encoder_layers: int = flag(-1, "layers run once before the loop; -1: the paper's cut, or by the layer profile")
     decoder_layers: int = flag(-1, "layers run once after the loop; -1: likewise")
-    gate_start: str = flag("", "start the gate anew: a first α of every channel, or s4d (the authors'); empty: 0.5")
+    gate_start: str = flag("", "start the gate anew: at α = 0.5, or s4d (the authors')", None, ("0.5", "s4d"))
     steps: int = flag(22888, "optimizer steps (paper: 3B tokens)", 1)
     batch: int = flag(2, "sequences per micro-batch (paper: 2)", 1)
     accumulate: int = flag(64, "micro-batches per optimizer step, over all processes (paper: 64)", 1)
@@ -73,7 +73,7 @@ class Settings:
     lr: float = flag(5e-5, "peak learning rate, cosine decay (paper: 5e-5)", 0)
     new_lr_factor: float = flag(10.0, "the gate and the confidence head learn at this many times --lr", 0)
     warmup: int = flag(300, "steps until the peak learning rate (paper: 300), at most a tenth of --steps", 0)
-    seed: int = flag(2026, "of the data order and the passes drawn (paper: 2026)")
+    seed: int = flag(2026, "of the data order and the passes drawn (paper: 2026)", 0)
     log_every: int = flag(10, "steps between log lines", 1)
     eval_every: int = flag(500, "steps between held-out losses and checkpoints", 1)
     eval_tokens: int = flag(16384, "held-out tokens per evaluation", 1)
@@ -94,7 +94,7 @@ CONFIDENCE_LOSSES = {"token": token_confidence_loss, "sequence": sequence_confid
 @lru_cache(maxsize=2)
 def window_order(count, seed, epoch):
     """The order in which an epoch reads the `count` windows of the text."""
-    return np.random.default_rng((convert.valid_seed(seed), epoch)).permutation(count)
+    return np.random.default_rng((seed, epoch)).permutation(count)
 
 
 def micro_batch(tokens, s, i):
@@ -282,7 +282,7 @@ def lock(out):
 def setup(s):
     """→ the Run, new or resumed."""
     device, dtype = convert.pick_device(s.device, s.dtype)
-    torch.manual_seed(convert.valid_seed(s.seed))
+    torch.manual_seed(s.seed)
     sharded = s.shard and world_size() > 1
     src = newest(s.out) if s.resume else s.init
     cuts = (s.encoder_layers, s.decoder_layers, s.gate_start)
@@ -606,7 +606,7 @@ def list_tokenizer():
 
 def write_untrained(directory, context, seed):
     """Write a model of GPT-2's shape, small, with random weights scaled by the width of what they read."""
-    torch.manual_seed(convert.valid_seed(seed))
+    torch.manual_seed(seed)
     tokenizer = list_tokenizer()
     gpt2 = dict(model_type="gpt2", architectures=["GPT2LMHeadModel"], layer_norm_epsilon=1e-5)
     gpt2.update(vocab_size=tokenizer.n_vocab, n_positions=context, n_layer=4, n_embd=64, n_head=2, n_inner=128)

@@ -146,8 +146,6 @@ def test_shards_without_an_index_are_read_by_their_names():
         (dict(tensors=lambda state: state | {"model.norm.weight": torch.zeros(9)}), "norm.weight"),
         (dict(tensors=lambda s: s | {"model.layers.0.mlp.up_proj.weight": torch.zeros(80, 9)}), "up_proj"),
         (dict(family=AUTHORS[0], decoder_layer_indices=[2]), "its layers are [[0], [1, 2], [2]]"),
-        (dict(gate_start="0"), "gate_start is 0"),
-        (dict(gate_start="1.0"), "gate_start is 1.0: give a first α between 0 and 1"),
     ],
 )
 def test_what_cannot_be_run_is_named_in_one_line(change, named):

@@ -323,7 +323,6 @@ def test_tokens_are_drawn_with_the_right_probabilities(settings, expected):
         ("top_k=0", lambda model: model.generate([[1]], 1, top_k=0)),
         ("'never'", lambda model: model.generate([[1]], 1, halt=Halt("never"))),
         ("not finite", lambda model: loopus.sample(torch.tensor([[0.0, torch.nan]]))),
-        ("gate_start is nan:", lambda model: convert.load(GOLDEN / "gpt2", gate_start="nan")),
         ("encoder_layers=3 and decoder_layers=2", lambda model: random_model(encoder_layers=3, decoder_layers=2)),
     ],
 )
