@@ -465,7 +465,7 @@ def evaluate(run, s, held_out):
 
 
 def conclude(run, s, held_out):
-    """After the last step: say what came of it and, of a loop, write into the checkpoint the lowest of THRESHOLDS whose
+    """After the last step of a loop: show what came of it, and write into the checkpoint the lowest of THRESHOLDS whose
     loss with exit is within 1 % of the best depth's; where there is none, one at which no token stops."""
     losses = evaluate(run, s, held_out)
     if s.objective == "lm":
@@ -476,11 +476,17 @@ def conclude(run, s, held_out):
         if exit["loss"] <= 1.01 * best:
             break
     run.model.config.q_threshold = threshold
-    if rank() == 0:
-        _, config = convert.config_to_write(run.model.config, "authors", torch.float32)
-        with convert.all_or_nothing(last_checkpoint(s)) as unfinished:
-            (unfinished / "config.json").write_text(json.dumps(config, indent=2), encoding="utf-8")
-    print(f"held out, exit at a confidence of {threshold}: {summary(losses, exit)}", flush=True)
+    if rank() > 0:
+        return
+    _, config = convert.config_to_write(run.model.config, "authors", torch.float32)
+    with convert.all_or_nothing(last_checkpoint(s)) as unfinished:
+        (unfinished / "config.json").write_text(json.dumps(config, indent=2), encoding="utf-8")
+    records = [record for record in convert.read_records(Path(s.out, "log.jsonl")) if "held_out" in record]
+    print("\npasses, 0: unlooped" + "".join(f"{depth:>9}" for depth in losses))
+    for record in [record for record in records if record["step"] == 0][-1:] + records[-1:]:
+        row = "".join(f"{loss!s:>9.6}" for loss in record["held_out"].values())
+        print(f"after step {record['step']:>8}{row}   nats per held-out token")
+    print(f"{summary(losses, exit)}; exit is at a confidence of {threshold}\n", flush=True)
 
 
 # ---- The loop
