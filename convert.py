@@ -138,7 +138,6 @@ FAMILIES = {
     "qwen3": replace(QWEN, constants=QWEN.constants | dict(qk_norm=True)),
     "phi3": replace(
         LLAMA,
-        supported={key: values for key, values in LLAMA.supported.items() if key != "partial_rotary_factor"},
         modules=LLAMA.modules | dict(qkv=["self_attn.qkv_proj"], up=["mlp.gate_up_proj"]),
     ),
 }
@@ -218,16 +217,15 @@ def number(raw, key, kind):
 def rotary_angles(raw, head_dim):
     """By what angle one position turns each pair of a head's channels. Llama 3 stretches wavelengths over original /
     low_freq_factor by `factor`, none under original / high_freq_factor, and those between smoothly."""
-    raw = {"rope_theta": 10000.0, "partial_rotary_factor": 1.0} | raw
-    channels = int(head_dim * number(raw, "partial_rotary_factor", float))
-    angle = number(raw, "rope_theta", float) ** -(torch.arange(0, channels, 2).float() / channels)
+    theta = number({"rope_theta": 10000.0} | raw, "rope_theta", float)
+    angle = theta ** -(torch.arange(0, head_dim, 2).float() / head_dim)
     if raw.get("rope_type") == "llama3":
         low, high = raw["low_freq_factor"], raw["high_freq_factor"]
         original = raw.get("original_max_position_embeddings", raw["max_position_embeddings"])
         turns = original * angle / (2 * torch.pi)  # within the original context
         kept = ((turns - low) / (high - low)).clamp(0, 1)
         angle = angle * (kept + (1 - kept) / raw["factor"])
-    fits = channels % 2 == 0 and 0 < channels <= head_dim and angle.isfinite().all()
+    fits = head_dim % 2 == 0 and angle.isfinite().all()
     refuse(not fits, f"its rotary positions cannot be computed for heads of {head_dim} channels")
     return angle.tolist()
 
@@ -315,7 +313,8 @@ def read_model(directory, family, config, tied, device, dtype):
     for name, parameter in model.named_parameters():
         if name in stored:
             with reading(f"{stored[name]} in {directory}"):
-                tensor = torch.cat([read_tensor(*files[bare(tensor_name)]) for tensor_name in stored[name]])
+                parts = [files[bare(tensor_name)] for tensor_name in stored[name]]
+                tensor = torch.cat([file.get_tensor(tensor_name) for file, tensor_name in parts])
                 if is_transposed(name, parameter, family):
                     tensor = tensor.T.contiguous()
                 shapes = f"{list(tensor.shape)} instead of {list(parameter.shape)}"
@@ -327,11 +326,6 @@ def read_model(directory, family, config, tied, device, dtype):
     if not family.looped:
         model.reset_new_parameters()
     return model
-
-
-def read_tensor(path, name):
-    with reading(path), safe_open(path, "pt") as file:
-        return file.get_tensor(name)
 
 
 def bare(name):
@@ -355,16 +349,17 @@ def shards(directory):
 
 
 def tensor_files(directory):
-    """{bare name: (file, name in it)} of a checkpoint's weights. Raises InputError for weights that are not floats."""
-    files = {}
+    """{bare name: (open file, name in it)} of a checkpoint's weights. InputError: some are not floats."""
+    tensors = {}
     for path in shards(directory):
-        with reading(path), safe_open(path, "pt") as file:
+        with reading(path):
+            file = safe_open(path, "pt")
             for name in file.keys():
                 if not name.endswith(BUFFERS):
-                    files[bare(name)] = (path, name)
+                    tensors[bare(name)] = (file, name)
                     floats = file.get_slice(name).get_dtype() in ("F16", "BF16", "F32", "F64")
                     refuse(not floats, f"{name} is not of floats: quantized weights are not supported")
-    return files
+    return tensors
 
 
 # What says how a model reads, talks and is drawn from: read beside the weights, and written back with them unchanged.
@@ -936,29 +931,27 @@ def read_documents(files, tokenizer):
                     yield segments
 
 
-def size_of(documents):
-    """About how many bytes of a file these documents are."""
-    return sum(len(segment.text) for segments in documents for segment in segments)
-
-
 def tokenise(files, tokenizer, path):
     """Write the ids of all files to `path` as int32, on all cores."""
     unfinished = path.with_suffix(f".{os.getpid()}")
     documents = read_documents(files, tokenizer)
     batches = iter(lambda: list(islice(documents, 64)), [])
-    total = sum(file.stat().st_size for file in files)
     end = [] if tokenizer.end_of_text is None else [tokenizer.end_of_text]
     encode = partial(encode_document, tokenizer=tokenizer, begin=tokenizer.begin, end=end)
     pool = ThreadPoolExecutor()
     try:
         with open(unfinished, "wb") as out:
-            for batch in progress(batches, "tokenising", total, size_of):
+            for batch in progress(batches, "tokenising", sum(file.stat().st_size for file in files), characters):
                 for ids in pool.map(encode, batch):
                     ids.tofile(out)
         unfinished.replace(path)
     finally:
         pool.shutdown(wait=False, cancel_futures=True)
         unfinished.unlink(missing_ok=True)
+
+
+def characters(documents):
+    return sum(len(segment.text) for segments in documents for segment in segments)
 
 
 def map_tokens(path, tokenizer):

@@ -75,7 +75,7 @@ class Positions(NamedTuple):
     """Where the T tokens of a call stand. The last three are for calls with a cache."""
 
     position: Tensor  # (B or 1, T)
-    cos: Tensor = None  # (B or 1, T, 1, d/2), of the d rotated channels; None: learned positions
+    cos: Tensor = None  # (B or 1, T, 1, hd/2); None: learned positions
     sin: Tensor = None
     mask: Tensor = None  # (B, 1, T, S): which of a cache's S positions each token sees; None: whole prompts
     rows: Tensor = None  # (B,): which texts of the cache these are, ascending
@@ -89,12 +89,11 @@ class Positions(NamedTuple):
 
 
 def rotate(x, cos, sin):
-    """Turn each pair of channels (i, i + d/2) of the first d of x (B, T, n, hd) by its position's angle."""
-    half = cos.size(-1)
-    x1, x2, rest = x.split((half, half, x.size(-1) - 2 * half), dim=-1)
+    """Turn each pair of channels (i, i + hd/2) of x (B, T, n, hd) by its position's angle."""
+    x1, x2 = x.chunk(2, dim=-1)
     y1 = x1 * cos - x2 * sin
     y2 = x2 * cos + x1 * sin
-    return torch.cat((y1, y2, rest), dim=-1).type_as(x)
+    return torch.cat((y1, y2), dim=-1).type_as(x)
 
 
 def update_cache(kv, k, v, at):
@@ -265,7 +264,7 @@ class LoopUS(nn.Module):
         if c.rotary is None:
             return Positions(position)
         turn = torch.tensor(c.rotary, device=device)
-        angle = position[..., None, None] * turn  # (B, T, 1, d/2)
+        angle = position[..., None, None] * turn  # (B, T, 1, hd/2)
         return Positions(position, angle.cos(), angle.sin())
 
     def run(self, stack, h, at=None, cache=None):

@@ -9,8 +9,6 @@ Let a looped model write. Each token takes the passes it needs; a terminal shows
 
 import codecs
 import copy
-import os
-import shutil
 import sys
 import time
 from contextlib import suppress
@@ -296,10 +294,9 @@ def made_fast(model, s, dtype):
     nothing, where that pays on this CPU; else in `dtype`, on a GPU recorded. Where compiling fails, a line says why."""
     compiling = s.compile
     if compiling is None:
-        compiler = os.environ.get("CXX") or {"darwin": "clang++", "win32": "cl"}.get(sys.platform, "g++")
         work = s.max_new_tokens * max(1, s.max_loops) * sum(p.numel() for p in model.reasoning.parameters())
         on_cpu = model.wte.weight.device.type == "cpu"
-        compiling = on_cpu and work > MUCH_TO_READ and shutil.which(compiler) is not None
+        compiling = on_cpu and work > MUCH_TO_READ
     if compiling:
         print("compiling, which takes some seconds (--no-compile leaves it out)", file=sys.stderr)
         compiled = copy.deepcopy(model, {id(p): p for p in model.parameters()})

@@ -234,29 +234,20 @@ def test_a_task_of_ones_own_is_measured_in_all_columns_as_by_plain_calls(report,
 
 
 # ---- Figures
-@torch.no_grad()
-def test_each_figure_is_a_picture_and_its_numbers_are_those_of_plain_calls(command, looped, checkpoint, tmp_path):
-    pytest.importorskip("matplotlib")
-    log = [dict(step=0, held_out={"0": 3.0, "1": None}), dict(step=1, lm=3.5), dict(step=2, held_out={"0": 2.0})]
-    write_lines(looped.parent / "log.jsonl", log)
+def test_figures_show_what_was_measured(report, looped, tmp_path):
     records = [dict(prompt=f"{i} {i} is ", completion="big", kind=["easy"]) for i in range(40)]
     data = write_lines(tmp_path / "answers.jsonl", records)
-    flags = [f"--init={looped},{checkpoint[0]}", f"--data={data}", "--threshold=0.5", "--out=figures"]
-    code, printed, err = command(figures, *SMALL, *flags)
-    names = ["layers", "losses", "accuracy", "training", "states", "passes"]
-    assert (code, printed.splitlines()) == (0, [f"figures/{name}.png" for name in names]), err
-    assert all((tmp_path / f"figures/{name}.png").read_bytes().startswith(b"\x89PNG") for name in names)
-    _, losses, _, training, states, passes = (json.loads((tmp_path / f"figures/{n}.json").read_text()) for n in names)
-    (model, _), (control, _) = convert.load(looped), convert.load(checkpoint[0])
-    x, y = convert.windows(convert.load_tokens([data], TOKENIZER), 24, 96)
-    fixed = [F.cross_entropy(model(x, b).flatten(0, 1), y.flatten()).item() for b in range(4)]
-    assert losses["looped"] == [[0, 1, 2, 3], pytest.approx(fixed)]
-    unlooped = F.cross_entropy(control(x, 0).flatten(0, 1), y.flatten()).item()
-    assert losses["control, unlooped"] == [[0, 3], [pytest.approx(unlooped)] * 2]
-    assert training == {"0 passes": [[0, 2], [3.0, 2.0]], "1 passes": [[0], [None]]}
-    assert [len(points) for points in states["3 passes"]] == [23, 23]
-    depth = early_exit(model, x, 3, HALT)[1]
-    assert list(passes.values())[0] == [[1, 2, 3], torch.bincount(depth[y >= 0], minlength=4)[1:].tolist()]
+    measured = report(f"--init={looped},{looped}", f"--data={data}", "--threshold=0.5")
+    losses, right, passes = (lines for lines, _, _ in figures.lines_of(measured).values())
+    rows = measured["depths"]
+    assert losses["looped"] == ([0, 1, 2, 3], [row["loss"] for row in rows[:4]])
+    assert losses["control, unlooped"] == ([0, 3], [rows[0]["loss"]] * 2)  # the same model
+    assert right["easy"] == ([1, 2], [measured["accuracy"]["easy"][depth] for depth in "12"])
+    assert passes["exit"] == ([1, 2, 3], measured["exit"]["histogram"])
+    pytest.importorskip("matplotlib")
+    (tmp_path / "measured.json").write_text(json.dumps(measured))
+    figures.main(tmp_path / "measured.json", tmp_path / "figures")
+    assert {path.name for path in (tmp_path / "figures").iterdir()} == {"losses.png", "accuracy.png", "passes.png"}
 
 
 def test_without_a_package_one_line_says_how_to_install_it(command, looped, monkeypatch):
