@@ -21,7 +21,6 @@ import sample
 from convert import InputError, byte_tokenizer
 
 FAMILIES = ["gpt2", "llama", "llama_tied", "llama3_rope", "qwen3", "phi3"]
-CHECKPOINT = ["config.json", convert.INDEX, "model-00001-of-00002.safetensors", "tokenizer.json"]
 AUTHORS = ["loopus_reference_llama", "loopus_reference_qwen3"]
 EXACT = dict(atol=0, rtol=0)
 PLACES = {"owner/name": "/owner/name/resolve/main", "owner/name@v2": "/owner/name/resolve/v2"}
@@ -163,18 +162,6 @@ def test_what_cannot_be_run_is_named_in_one_line(change, named):
 )
 def test_configs_in_other_words_are_the_same_model(change):
     assert_golden(convert.load(changed(**change))[0])
-
-
-@pytest.mark.parametrize(
-    "name, content",
-    [(name, content) for name in CHECKPOINT for content in (b"", b"{", b"[1]", b"\xff", b"[" * 100_000)]
-    + [(convert.INDEX, b'{"weight_map": []}')],
-)
-def test_a_damaged_file_is_named_in_one_line(name, content):
-    directory = changed("qwen3")
-    (directory / "tokenizer.json").write_bytes(byte_tokenizer().files["tokenizer.json"])
-    (directory / name).write_bytes(content)
-    refused(lambda: convert.load(directory), name)
 
 
 # ---- Saving
@@ -525,12 +512,6 @@ def test_models_of_the_papers_sizes_are_cut_as_in_the_paper_and_others_by_their_
 def test_what_cannot_be_read_on_the_command_line_is_named_in_one_line(command, program, flag, named):
     code, _, err = command(program, flag)
     assert code != 0 and named in err and err.count("\n") == 1
-
-
-def test_help_lists_all_flags_with_their_defaults(command):
-    out = command(convert, "--help")[1]
-    for text in "src|out|--format|'authors'|--profile|--encoder_layers INT|--decoder_layers INT|-1".split("|"):
-        assert text in out
 
 
 def test_ids_beside_text_are_not_read_as_text(tmp_path):

@@ -7,7 +7,6 @@ from collections import defaultdict
 from functools import partial
 from types import SimpleNamespace
 
-import figures
 import numpy as np
 import pytest
 import torch
@@ -135,16 +134,6 @@ def test_without_data_it_reads_what_training_held_out_of_the_files_that_it_had(r
     assert measured["init"] == "out/loop/step-0000001" and measured == report(f"--data={tmp_path / 'held_out.npy'}")
 
 
-def test_the_same_text_as_a_directory_a_glob_or_ids_has_the_same_losses(report, looped, checkpoint, tmp_path):
-    (tmp_path / "data").mkdir()
-    write_lines(tmp_path / "data" / "text.jsonl", [dict(text=checkpoint[1].read_text())])
-    np.save(tmp_path / "ids.npy", convert.load_tokens([checkpoint[1]], TOKENIZER))
-    np.load(tmp_path / "ids.npy").astype(np.uint16).tofile(tmp_path / "ids.bin")
-    expected = report(f"--init={looped}", f"--data={checkpoint[1]}")
-    for data in ("data", "data/*.jsonl", "ids.bin", "ids.npy"):
-        assert report(f"--init={looped}", f"--data={tmp_path / data}") == expected
-
-
 def test_answers_and_losses_that_cannot_be_measured_are_refused_in_one_line(command, looped, checkpoint, tmp_path):
     good = dict(prompt="a", completion="b", kind=["x"])
     for bad, words in ((dict(kind=["x", "y"]), "2 kinds of 1 answers"), (dict(prompt="a" * 64), "in 65 tokens")):
@@ -231,23 +220,6 @@ def test_a_task_of_ones_own_is_measured_in_all_columns_as_by_plain_calls(report,
             passes += sum((depths for _, _, depths in scores), [])
         assert table[column.name]["results"]["odd"]["acc,none"] == pytest.approx(np.mean(right))
         assert table[column.name]["passes"] == pytest.approx(np.mean(passes))
-
-
-# ---- Figures
-def test_figures_show_what_was_measured(report, looped, tmp_path):
-    records = [dict(prompt=f"{i} {i} is ", completion="big", kind=["easy"]) for i in range(40)]
-    data = write_lines(tmp_path / "answers.jsonl", records)
-    measured = report(f"--init={looped},{looped}", f"--data={data}", "--threshold=0.5")
-    losses, right, passes = (lines for lines, _, _ in figures.lines_of(measured).values())
-    rows = measured["depths"]
-    assert losses["looped"] == ([0, 1, 2, 3], [row["loss"] for row in rows[:4]])
-    assert losses["control, unlooped"] == ([0, 3], [rows[0]["loss"]] * 2)  # the same model
-    assert right["easy"] == ([1, 2], [measured["accuracy"]["easy"][depth] for depth in "12"])
-    assert passes["exit"] == ([1, 2, 3], measured["exit"]["histogram"])
-    pytest.importorskip("matplotlib")
-    (tmp_path / "measured.json").write_text(json.dumps(measured))
-    figures.main(tmp_path / "measured.json", tmp_path / "figures")
-    assert {path.name for path in (tmp_path / "figures").iterdir()} == {"losses.png", "accuracy.png", "passes.png"}
 
 
 def test_without_a_package_one_line_says_how_to_install_it(command, looped, monkeypatch):

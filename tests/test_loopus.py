@@ -59,16 +59,6 @@ def test_states_alpha_confidence_and_halting_of_the_authors_code(family):
     torch.testing.assert_close(model.decode(h), expected["halt_logits"], **CLOSE)
 
 
-def test_rotary_positions_turn_pairs_of_channels():
-    at = random_model().positions([3], 1)
-    x = torch.randn(8)
-    turned = loopus.rotate(x.view(1, 1, 1, 8), at.cos, at.sin).flatten()
-    for i in range(4):
-        angle = 3 * 10000 ** (-i / 4)
-        pair = complex(x[i], x[i + 4]) * complex(math.cos(angle), math.sin(angle))
-        assert abs(complex(turned[i], turned[i + 4]) - pair) < 1e-5
-
-
 # ---- The gate
 def test_the_gate_is_equations_3_to_5(model):
     gate, C = model.gate, model.config.n_embd
