@@ -123,26 +123,18 @@ def learning_rate(s, step):
 
 
 # ---- The model in training
-def is_trained(name, s):
-    """Does the parameter of this name train? For the loop, unless --trains=all, what comes after h⁰; for lm all but the
-    gate and the confidence head."""
-    if s.objective == "lm":
-        return not is_new(name)
-    return s.trains == "all" or not name.startswith(("wte.", "wpe.", "encoder."))
-
-
-def is_new(name):
-    """Is this parameter one that no pretrained model has?"""
-    return name.startswith(("gate.", "q_head."))
-
-
 def make_optimizer(model, s):
-    """AdamW over what trains, with weight decay on matrices."""
+    """AdamW over what trains, with weight decay on matrices: for the loop, unless --trains=all, over what comes after
+    h⁰; for lm over all but what is new, the gate and the confidence head."""
     groups = {}
     for name, p in model.named_parameters():
-        p.requires_grad_(is_trained(name, s))
+        part = name.split(".")[0]
+        new = part in ("gate", "q_head")
+        p.requires_grad_(s.trains == "all" or part not in ("wte", "wpe", "encoder"))
+        if s.objective == "lm":
+            p.requires_grad_(not new)
         if p.requires_grad:
-            groups.setdefault((is_new(name), p.dim() > 1), []).append(p)
+            groups.setdefault((new, p.dim() > 1), []).append(p)
     params = []
     for (new, matrices), members in groups.items():
         params.append({"params": members, "weight_decay": 0.1 * matrices, "new": new})
@@ -152,12 +144,10 @@ def make_optimizer(model, s):
 
 def move_gradient(weight, copied):
     """Add the gradient of a parameter's copy to that of the float32 weight."""
-    gradient = copied.grad.to(weight.dtype)
-    copied.grad = None
     if weight.grad is None:
-        weight.grad = gradient
-    else:
-        weight.grad.add_(gradient)
+        weight.grad = torch.zeros_like(weight)
+    weight.grad += copied.grad
+    copied.grad = None
 
 
 def computing_copy(model, dtype):
@@ -169,12 +159,6 @@ def computing_copy(model, dtype):
     return fast
 
 
-def checkpoint_layers(model):
-    """Keep the input of each layer alone, and run the layer again in backward."""
-    for block in model.layers():
-        block.forward = partial(checkpoint, block.forward, use_reentrant=False, preserve_rng_state=False)
-
-
 def shard(model, device, dtype):
     """Spread each part over the processes (FSDP2): it is put together, in `dtype`, while it runs; float32 gradients go
     to their shares with each backward, so that no process holds them all."""
@@ -183,17 +167,21 @@ def shard(model, device, dtype):
     warnings.filterwarnings("ignore", "FSDP2-wrapped module")  # of writing into the output of a part: nobody does
     policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, output_dtype=dtype)
     mesh = dist.init_device_mesh(device.type, (world_size(),))
-    ends = [part for part in model.children() if not isinstance(part, torch.nn.ModuleList)]
-    for part in [*ends, *model.layers(), model]:
-        fully_shard(part, mesh=mesh, mp_policy=policy)
+    for part in [*model.children(), *model.layers(), model]:
+        if not isinstance(part, torch.nn.ModuleList):
+            fully_shard(part, mesh=mesh, mp_policy=policy)
     register_fsdp_forward_method(model, "encode")
 
 
-def whole(x):
-    """x put together from all processes, on the CPU of the first one; None elsewhere."""
-    if hasattr(x, "full_tensor"):
-        x = x.full_tensor().cpu()
-    return x if rank() == 0 else None
+def whole(tensors):
+    """{name: tensor} put together from all processes, on the CPU of the first one; empty elsewhere."""
+    kept = {}
+    for name, x in tensors.items():
+        if hasattr(x, "full_tensor"):
+            x = x.full_tensor().cpu()
+        if rank() == 0:
+            kept[name] = x
+    return kept
 
 
 def rank():
@@ -236,6 +224,8 @@ class Run:
     files: list  # of --data, when the run was started
     step: int = 0  # steps that are done
     skipped: int = 0  # updates in a row that were left out
+    busy: bool = False  # with a step, or with saving: a signal must wait
+    signals: int = 0  # that wait
 
 
 def check(s):
@@ -255,11 +245,6 @@ def checkpoints(out):
 
 def step_directory(s, step):
     return Path(s.out, f"step-{step:07d}")
-
-
-def newest(out):
-    refuse(not checkpoints(out), f"--resume: {out} holds no checkpoint; start without --resume, or name another --out")
-    return checkpoints(out)[-1]
 
 
 def lock(out):
@@ -284,25 +269,25 @@ def setup(s):
     device, dtype = convert.pick_device(s.device, s.dtype)
     torch.manual_seed(s.seed)
     sharded = s.shard and world_size() > 1
-    src = newest(s.out) if s.resume else s.init
+    src = checkpoints(s.out)[-1] if s.resume else s.init
     cuts = (s.encoder_layers, s.decoder_layers, s.gate_start)
     with first_process_first():
         model, tokenizer = convert.load(src, "cpu" if sharded else device, torch.float32, *cuts)
     if s.gate_start and not s.resume:  # also where the checkpoint has a gate, such as one that was trained unlooped
         model.gate.reset_parameters()
-    longest = model.config.block_size
-    refuse(s.context > longest, f"--context={s.context} is more than the model's {longest}: give at most that")
+    too_long = s.context > model.config.block_size
+    refuse(too_long, f"--context={s.context} is more than the model's {model.config.block_size}: give at most that")
     if sharded:
         shard(model, device, dtype)
     optimizer = make_optimizer(model, s)
     fast = model
     if dtype != torch.float32 and not sharded:
         fast = computing_copy(model, dtype)
-    if s.compile:
-        for block in fast.layers():
+    for block in fast.layers():
+        if s.compile:
             block.forward = torch.compile(block.forward)
-    if s.checkpointing:
-        checkpoint_layers(fast)
+        if s.checkpointing:
+            block.forward = partial(checkpoint, block.forward, use_reentrant=False, preserve_rng_state=False)
     run = Run(model, fast, optimizer, tokenizer, device, dtype, sharded, [])
     if s.resume:
         restore(run, s, src)
@@ -322,8 +307,7 @@ def restore(run, s, directory):
             if run.sharded:
                 for name in ("exp_avg", "exp_avg_sq"):
                     moments[name] = distribute_tensor(moments[name], params[i].device_mesh, params[i].placements)
-        groups = run.optimizer.state_dict()["param_groups"]
-        run.optimizer.load_state_dict({"state": state, "param_groups": groups})
+        run.optimizer.load_state_dict(run.optimizer.state_dict() | {"state": state})
         run.step = saved["step"]
         run.skipped = saved["skipped"]
         run.files = list(map(str, convert.read_json(directory / "settings.json")["files"]))
@@ -332,15 +316,14 @@ def restore(run, s, directory):
 
 def save_checkpoint(run, s):
     """Write the run as it stands to s.out/step-…, and remove the checkpoints before the newest s.keep."""
-    weights = {name: whole(x) for name, x in run.model.state_dict().items()}
+    weights = whole(run.model.state_dict())
     optimizer = run.optimizer.state_dict()
-    moments = {}  # a copy: the optimizer goes on with its own
-    for i, of_parameter in optimizer["state"].items():
-        moments[i] = {name: whole(x) for name, x in of_parameter.items()}
-    if rank() > 0 or (step_directory(s, run.step) / "optimizer.pt").exists():
+    optimizer["state"] = {i: whole(moments) for i, moments in optimizer["state"].items()}
+    directory = step_directory(s, run.step)
+    if rank() > 0 or (directory / "optimizer.pt").exists():
         return
-    state = {"step": run.step, "skipped": run.skipped, "optimizer": optimizer | {"state": moments}}
-    with convert.all_or_nothing(step_directory(s, run.step)) as unfinished:
+    state = {"step": run.step, "skipped": run.skipped, "optimizer": optimizer}
+    with convert.all_or_nothing(directory) as unfinished:
         convert.write_checkpoint(run.model, run.tokenizer, unfinished, weights=weights)
         settings = json.dumps(asdict(s) | {"files": run.files}, indent=2)
         (unfinished / "settings.json").write_text(settings, encoding="utf-8")
@@ -374,10 +357,10 @@ def supervised_losses(run, s, x, y, supervised):
         yield from deep_supervision(run.fast, x, y, supervised, s.span, CONFIDENCE_LOSSES[s.confidence])
 
 
-def train_step(run, s, tokens, signals):
+def train_step(run, s, tokens):
     """Step run.step: gradients of all its micro-batches, and the optimizer's step. Each micro-batch counts by its share
     of the step's learned tokens, so that L_LM is their mean, in whatever micro-batch or process they are. → the mean
-    loss terms and the norm of the gradient, or None if a signal came: the step is then left as if it had not begun."""
+    loss terms, and the norm of the gradient. KeyboardInterrupt: a signal came, and no weight has changed."""
     first = run.step * s.accumulate
     batches = [micro_batch(tokens, s, first + i) for i in range(s.accumulate)]
     learned = [(y >= 0).sum().item() for _, y in batches]
@@ -386,18 +369,15 @@ def train_step(run, s, tokens, signals):
     means = torch.zeros(3, device=run.device)
     own = range(rank(), s.accumulate, world_size())
     for i in convert.progress(own, f"step {run.step + 1}", len(own)):
-        if summed(torch.tensor(len(signals))) > 0:
-            run.optimizer.zero_grad()
-            return None
+        if summed(torch.tensor(run.signals)) > 0:
+            raise KeyboardInterrupt
         x, y = (part.to(run.device) for part in batches[i])
         if learned[i] == 0:
             y = y.clamp(min=0)  # its weight is 0: the loss must only be finite
         weight = learned[i] / max(1, sum(learned)) / count
-        scale = weight
-        if run.sharded:
-            scale = weight * world_size()  # FSDP takes the mean over the processes
+        scale = world_size() if run.sharded else 1  # FSDP takes the mean over the processes
         for terms in supervised_losses(run, s, x, y, supervised):
-            (sum(terms) * scale).backward()
+            (sum(terms) * weight * scale).backward()
             means[: len(terms)] += torch.stack(terms).detach() * weight
     return summed(means).tolist()[: len(terms)], optimizer_step(run, s)
 
@@ -424,9 +404,8 @@ def optimizer_step(run, s):
     else:
         run.skipped += 1
     run.optimizer.zero_grad()
-    if run.skipped == 5:
-        state = f"no finite gradient in 5 steps to {run.step + 1}"
-        raise InputError(f"{state}: lower --lr; {s.out} keeps its checkpoints")
+    state = f"no finite gradient in 5 steps to {run.step + 1}"
+    refuse(run.skipped == 5, f"{state}: lower --lr; {s.out} keeps its checkpoints")
     return norm
 
 
@@ -436,9 +415,9 @@ def rounded(x):
     return float(f"{x:.7g}") if math.isfinite(x) else None
 
 
-def write_log(run, s, values):
+def write_log(run, s, **values):
     """A line on standard output, and the same in log.jsonl in s.out. Only the first process writes."""
-    record = {"step": run.step} | values
+    record = {"step": run.step, **values}
     print("  ".join(f"{name} {value}" for name, value in record.items()), flush=True)
     if rank() == 0:
         with open(Path(s.out, "log.jsonl"), "a", encoding="utf-8") as file:
@@ -447,20 +426,23 @@ def write_log(run, s, values):
 
 def log_step(run, s, terms, norm, seconds):
     """The losses of the step that is done, and its speed."""
-    values = dict(zip(("lm", "mono", "q"), map(rounded, terms)))
-    values["lr"] = rounded(learning_rate(s, run.step - 1))
-    values["grad_norm"] = rounded(norm)
-    values["left_out"] = run.skipped
-    values["tokens_per_second"] = round(s.accumulate * s.batch * s.context / seconds)
-    values["seconds_left"] = round(seconds * (s.steps - run.step))
-    write_log(run, s, values)
+    write_log(
+        run,
+        s,
+        **dict(zip(("lm", "mono", "q"), map(rounded, terms))),
+        lr=rounded(learning_rate(s, run.step - 1)),
+        grad_norm=rounded(norm),
+        left_out=run.skipped,
+        tokens_per_second=round(s.accumulate * s.batch * s.context / seconds),
+        seconds_left=round(seconds * (s.steps - run.step)),
+    )
 
 
 def evaluate(run, s, held_out):
     """Write the held-out loss at each depth to the log, and → it."""
     depths = [0] if s.objective == "lm" else [b for b in (0, 1, 2, 4, 8) if b < s.max_loops] + [s.max_loops]
     losses = depth_losses(run.fast, held_out, depths, s.batch)
-    write_log(run, s, {"held_out": {depth: rounded(loss) for depth, loss in losses.items()}})
+    write_log(run, s, held_out={depth: rounded(loss) for depth, loss in losses.items()})
     return losses
 
 
@@ -490,84 +472,68 @@ def conclude(run, s, held_out):
 
 
 # ---- The loop
-@contextmanager
-def noted(signals):
-    """Ctrl-C and SIGTERM during a step, or while it is saved, are noted and do not interrupt."""
-
-    def note(number, _):
-        signals.append(number)
-        os.write(2, b"\nstopping after this micro-batch, or when all is saved\n")
-
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, note)
-    try:
-        yield
-    finally:
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, signal.default_int_handler)
-
-
 def train(s):
     """One run of `s` from s.init to a checkpoint in s.out/step-…; → the directory of that checkpoint."""
-    begun = time.time()
     check(s)
     with lock(s.out):
         run = setup(s)
         with first_process_first():
             tokens, held_out = convert.load_data(run.files, s.val, run.tokenizer)
         targets = tokens[1 : (len(tokens) - 1) // s.context * s.context + 1]
-        empty = len(targets) == 0 or targets.max() < 0
+        empty = targets.max(initial=-1) < 0
         refuse(empty, f"nothing is to be learned in whole contexts of {s.context} tokens of --data: give more")
         held_out = convert.windows(held_out, s.context, s.eval_tokens)
         cuts = " + ".join(str(len(stack)) for stack in (run.model.encoder, run.model.reasoning, run.model.decoder))
         place = f"{world_size()} × {run.device}, {run.dtype}"
         print(f"{s.objective}: {cuts} layers, {len(tokens):,} tokens, {place}, to {s.out}", flush=True)
         take_all_steps(run, s, tokens, held_out)
-    print(f"{s.objective}: {(time.time() - begun) / 60:.1f} minutes, written to {last_checkpoint(s)}", flush=True)
     return last_checkpoint(s)
 
 
 def take_all_steps(run, s, tokens, held_out):
     """Take the steps that are left. A signal ends the program: what is done is saved, and a line says how to go on."""
-    signals = []
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends an evaluation as Ctrl-C does
+
+    def note(*_):
+        if not run.busy:
+            raise KeyboardInterrupt
+        run.signals += 1
+        os.write(2, b"\nstopping after this micro-batch, or when all is saved\n")
+
+    signal.signal(signal.SIGINT, note)
+    signal.signal(signal.SIGTERM, note)
     try:
         while run.step < s.steps:
             if run.step % s.eval_every == 0:
                 evaluate(run, s, held_out)
-            with noted(signals):
-                take_step(run, s, tokens, signals)
-        if summed(torch.tensor(len(signals))) > 0:
+            run.busy = True
+            begun = time.time()
+            terms, norm = train_step(run, s, tokens)
+            run.step += 1
+            if run.step % s.log_every == 0 or run.step in (1, s.steps) or run.skipped:
+                log_step(run, s, terms, norm, time.time() - begun + 1e-9)  # some clocks stand still for so long
+            if run.step % s.eval_every == 0 or run.step == s.steps:
+                save_checkpoint(run, s)
+            run.busy = False
+        if summed(torch.tensor(run.signals)) > 0:
             raise KeyboardInterrupt
         conclude(run, s, held_out)
     except KeyboardInterrupt:
+        run.busy = True
         going_on = "nothing is saved yet"
-        with noted(signals):
-            if run.step > 0:
-                save_checkpoint(run, s)
-                going_on = f"--resume --out={s.out} goes on"
+        if run.step > 0:
+            save_checkpoint(run, s)
+            going_on = f"--resume --out={s.out} goes on"
         print(f"stopped by a signal after step {run.step}; {going_on}", file=sys.stderr, flush=True)
         os._exit(1)
-
-
-def take_step(run, s, tokens, signals):
-    """Step run.step with its line of the log, and its checkpoint where one is due. KeyboardInterrupt: a signal came,
-    and the step has not begun."""
-    begun = time.time()
-    done = train_step(run, s, tokens, signals)
-    if not done:
-        raise KeyboardInterrupt
-    run.step += 1
-    if run.step % s.log_every == 0 or run.step in (1, s.steps) or run.skipped:
-        log_step(run, s, *done, time.time() - begun + 1e-9)  # some clocks stand still for so long
-    if run.step % s.eval_every == 0 or run.step == s.steps:
-        save_checkpoint(run, s)
+    finally:
+        run.busy = False
 
 
 # ---- The whole story, without --init: linked lists
 SLOTS = "abcdefghijklmnopqrstuvwx"
 VALUES = "0123456789ABCDEF"
 QUESTIONS = 12  # per document
+CONTEXT = len(SLOTS) + 2 * QUESTIONS + 1  # one document and its end
 
 
 def list_document(chance, links):
@@ -578,27 +544,22 @@ def list_document(chance, links):
     values = chance.choice(list(VALUES), len(chains), replace=len(chains) > len(VALUES))
     holds = {}
     answers = {}
-    for chain, value in zip(chains.tolist(), values.tolist()):
-        content = value
+    for chain, value in zip(chains, values):
+        holds |= zip(chain, [value, *chain])
         for distance, slot in enumerate(chain, start=1):
-            holds[slot] = content
-            answers[slot] = (value, f"{distance} links")
-            content = slot
-    asked = chance.permutation(list(SLOTS))[:QUESTIONS].tolist()
+            answers[slot] = (f" {value}", f"{distance} links")
+    asked = chance.permutation(list(SLOTS))[:QUESTIONS]
     prompts = [f" {slot}" for slot in asked]
     prompts[0] = "".join(f" {holds[slot]}" for slot in SLOTS) + prompts[0]
-    completions = [f" {answers[slot][0]}" for slot in asked]
-    return {"prompt": prompts, "completion": completions, "kind": [answers[slot][1] for slot in asked]}
+    completions, kinds = zip(*(answers[slot] for slot in asked))
+    return {"prompt": prompts, "completion": completions, "kind": kinds}
 
 
 def write_lists(path, count, lengths, seed):
-    """Write `count` documents, of chains of each of these lengths in turn, unless they are there."""
-    if path.exists():
-        return
+    """Write `count` documents, of chains of each of these lengths in turn."""
     chance = np.random.default_rng(seed)
     lines = [json.dumps(list_document(chance, lengths[i % len(lengths)])) + "\n" for i in range(count)]
-    with convert.all_or_nothing(path.parent) as unfinished:
-        (unfinished / path.name).write_text("".join(lines), encoding="utf-8")
+    path.write_text("".join(lines), encoding="utf-8")
 
 
 def list_tokenizer():
@@ -610,22 +571,27 @@ def list_tokenizer():
     return convert.Tokenizer(spec)
 
 
-def write_untrained(directory, context, seed):
+def write_untrained(directory, seed):
     """Write a model of GPT-2's shape, small, with random weights scaled by the width of what they read."""
     torch.manual_seed(seed)
     tokenizer = list_tokenizer()
-    gpt2 = dict(model_type="gpt2", architectures=["GPT2LMHeadModel"], layer_norm_epsilon=1e-5)
-    gpt2.update(vocab_size=tokenizer.n_vocab, n_positions=context, n_layer=4, n_embd=64, n_head=2, n_inner=128)
-    _, values, _ = convert.read_family(gpt2)
+    _, values, _ = convert.read_family(
+        dict(
+            model_type="gpt2", vocab_size=tokenizer.n_vocab, n_positions=CONTEXT, layer_norm_epsilon=1e-5,
+            n_layer=4, n_embd=64, n_head=2, n_inner=128,
+        )
+    )  # fmt: skip
     model = LoopUS(Config(**values))
     for name, p in model.named_parameters():
-        if name.endswith("bias"):
+        std = p.size(-1) ** -0.5
+        if name in ("wte.weight", "wpe.weight"):
+            std = 0.5
+        elif name.endswith(("out.weight", "down.weight")):  # into the stream of states
+            std *= 0.3
+        if p.dim() > 1:
+            p.data.normal_(std=std)
+        elif name.endswith("bias"):
             p.data.zero_()
-        elif name.startswith(("wte", "wpe")):
-            p.data.normal_(std=0.5)
-        elif p.dim() > 1:
-            into_stream = name.endswith(("out.weight", "down.weight"))
-            p.data.normal_(std=(0.3 if into_stream else 1.0) * p.size(1) ** -0.5)
     model.reset_new_parameters()
     convert.save(model, tokenizer, directory, "hf")
 
@@ -634,23 +600,21 @@ def list_trainings(out, given):
     """Write the documents and the untrained model to `out`, unless they are there. → the Settings of three trainings,
     with the flags that were `given`: the base on short chains; the unlooped control, made of it, on long ones; and the
     loop on the same ones, for as many steps."""
-    context = len(SLOTS) + 2 * QUESTIONS + 1  # one document and its end
-    short, long, held_out = (out / f"{name}.jsonl" for name in ("short", "long", "held_out"))
-    write_lists(short, 20_000, [1, 2], 1)
-    write_lists(long, 40_000, [3, 4, 8], 2)
-    write_lists(held_out, 300, [8], 3)
     defaults = dict(
-        data=str(long), val=str(held_out), batch=64, accumulate=1, context=context, steps=600, lr=2e-3,
-        new_lr_factor=1.0, warmup=50, max_loops=8, supervised=1, span=8, trains="all", encoder_layers=1,
+        data=f"{out}/long.jsonl", val=f"{out}/held_out.jsonl", batch=64, accumulate=1, context=CONTEXT, steps=600,
+        lr=2e-3, new_lr_factor=1.0, warmup=50, max_loops=8, supervised=1, span=8, trains="all", encoder_layers=1,
         decoder_layers=1, log_every=50, eval_every=10**9, eval_tokens=4096, dtype="fp32",
     )  # fmt: skip
     s = Settings(**defaults | given)
-    untrained = out / "untrained"
-    if not (untrained / "config.json").exists():
-        write_untrained(untrained, context, s.seed)
-    base = replace(s, init=str(untrained), out=str(out / "base"), data=str(short), objective="lm")
-    loop = replace(s, init=str(last_checkpoint(base)), out=str(out / "loop"))
-    control = replace(loop, out=str(out / "control"), objective="lm")
+    if not (out / "untrained").exists():
+        with convert.all_or_nothing(out) as unfinished:
+            write_lists(unfinished / "short.jsonl", 20_000, [1, 2], 1)
+            write_lists(unfinished / "long.jsonl", 40_000, [3, 4, 8], 2)
+            write_lists(unfinished / "held_out.jsonl", 300, [8], 3)
+            write_untrained(unfinished / "untrained", s.seed)
+    base = replace(s, init=f"{out}/untrained", out=f"{out}/base", data=f"{out}/short.jsonl", objective="lm")
+    loop = replace(s, init=str(last_checkpoint(base)), out=f"{out}/loop")
+    control = replace(loop, out=f"{out}/control", objective="lm")
     return base, control, loop
 
 
@@ -664,7 +628,6 @@ def story(given):
     and compare. `given` are the flags that were set. Raises InputError if they name another text."""
     for name in ("data", "val", "objective", "context", "recipe"):
         refuse(name in given, f"--{name} without --init: name the model that is to be trained, such as --init=gpt2")
-    begun = time.time()
     base, control, loop = list_trainings(Path(given.pop("out", "out/story")), given)
     stage("1/3 pretrain a small model on chains of 1 and 2 links", base)
     stage("2/3 train it unlooped on chains of 3, 4 and 8 links: the control", control)
@@ -679,16 +642,15 @@ def story(given):
     print_accuracy(table)
     tokens, answers = documents[0]
     question = tokenizer.decode(tokens[: answers[0].start])
-    print(f"\nThat took {(time.time() - begun) / 60:.1f} minutes. Now watch an answer form pass by pass:")
-    print(f'python sample.py --trace --prompt="{question}"')
+    print(f'\nNow watch an answer form pass by pass:\npython sample.py --trace --prompt="{question}"')
 
 
 def stage(title, s):
     """Run `s`, or go on with it where it was broken off. Nothing is to be done where its last checkpoint is there."""
     print(f"== {title}")
     for directory in checkpoints(s.out)[-1:]:
-        before = convert.read_json(directory / "settings.json") | {"resume": False, "files": None}
-        changed = before != asdict(s) | {"files": None}
+        before = convert.read_json(directory / "settings.json")
+        changed = before != before | asdict(s) | {"resume": before.get("resume")}
         refuse(changed, f"{directory} was trained with other settings: name another --out")
     if not last_checkpoint(s).exists():
         train(replace(s, resume=bool(checkpoints(s.out))))
@@ -699,7 +661,8 @@ def resumed(given):
     """The flags of a run that goes on: those it was started with, then the given ones. Raises InputError if a given one
     cannot change in the middle of a run."""
     out = given.get("out", Settings.out)
-    directory = newest(out)
+    refuse(not checkpoints(out), f"--resume: {out} holds no checkpoint; start without --resume, or name another --out")
+    directory = checkpoints(out)[-1]
     with convert.reading(directory / "settings.json"):
         saved = convert.read_json(directory / "settings.json")
         saved.pop("files")
@@ -735,22 +698,20 @@ def main():
     if given.get("resume"):
         given = resumed(given)
     launched = set(LAUNCH) <= os.environ.keys()
+    if not given.get("init"):
+        refuse(launched, f"{', '.join(LAUNCH)} are set, but without --init train.py runs in one process: unset them")
+        return story(given)
     if launched:
         join_processes()
-    if given.get("init"):
-        device, _ = convert.pick_device(given.get("device", ""), "fp32")
-        if device.type == "cpu" and "recipe" not in given:
-            given["recipe"] = "short"
-            print(f"--recipe=short on a CPU (--recipe=paper for the paper's constants): {RECIPES['short']}")
-        s = Settings(**RECIPES[given.get("recipe") or "paper"] | given)
-        directory = train(s)
-        if s.objective == "loop":
-            print("Whether passes pay, a control tells: these flags with --objective=lm and another --out. Go on with:")
-            print(f"python sample.py --init={directory}\npython eval.py --init={directory}")
-    elif launched:
-        raise InputError(f"{', '.join(LAUNCH)} are set, but without --init train.py runs in one process: unset them")
-    else:
-        story(given)
+    device, _ = convert.pick_device(given.get("device", ""), "fp32")
+    if device.type == "cpu" and "recipe" not in given:
+        given["recipe"] = "short"
+        print(f"--recipe=short on a CPU (--recipe=paper for the paper's constants): {RECIPES['short']}")
+    s = Settings(**RECIPES[given.get("recipe") or "paper"] | given)
+    directory = train(s)
+    if s.objective == "loop":
+        print("Whether passes pay, a control tells: these flags with --objective=lm and another --out. Go on with:")
+        print(f"python sample.py --init={directory}\npython eval.py --init={directory}")
     if launched:
         os._exit(0)  # all is written; taking down the threads of torch.distributed sometimes ends in an abort
 
