@@ -36,19 +36,29 @@ class Settings(convert.Inference):
     tokens: int = flag(32768, "held-out tokens to read, spread evenly over the text", 1)
     json: bool = flag(False, "print one JSON object instead of the tables")
     tasks: str = flag("", "benchmarks of lm-evaluation-harness instead: wikitext,mmlu,…; several models: --init=a,b")
-    limit: int = flag(0, "with --tasks: items of each task to read; 0: all", 0)
-    num_fewshot: int = flag(-1, "with --tasks: examples before each item; -1: as the task says", -1)
-    include_path: str = flag("", "with --tasks: a directory of task files (.yaml) of your own")
+    limit: int = flag(None, "with --tasks: items of each task to read; empty: all", 1)
+    num_fewshot: int = flag(None, "with --tasks: examples before each item; empty: as the task says", 0)
+    include_path: str = flag(None, "with --tasks: a directory of task files (.yaml) of your own")
 
 
 # ---- Losses, §4, and passes taken, Fig. 18
 def batches(sequences, size, device):
     """Inputs and targets of `windows`, `size` sequences at a time, without those in which nothing is learned."""
-    inputs, targets = sequences
-    parts = list(zip(inputs.split(size), targets.split(size)))
+    parts = list(zip(*(part.split(size) for part in sequences)))
     for x, y in convert.progress(parts, "evaluating", len(parts)):
         if (y >= 0).any():
             yield x.to(device), y.to(device)
+
+
+def states(model, x, depths):
+    """(b, the state (B, T, C) of tokens x (B, T) after b passes) for each b of `depths`; 0 is the ungated pass."""
+    h = model.encode(x)
+    if 0 in depths:
+        yield 0, model.propose(h)
+    for b in range(1, max(depths, default=0) + 1):
+        h = model.refine(h)
+        if b in depths:
+            yield b, h
 
 
 @torch.no_grad()
@@ -57,15 +67,9 @@ def depth_losses(model, sequences, depths, batch):
     sums = dict.fromkeys(depths, 0.0)
     for x, y in batches(sequences, batch, model.wte.weight.device):
         learned = (y >= 0).sum().item()
-        h = model.encode(x)
-        if 0 in sums:
-            loss, _ = model.loss(model.propose(h), y)
-            sums[0] += loss.item() * learned
-        for b in range(1, max(depths) + 1):
-            h = model.refine(h)
-            if b in sums:
-                loss, _ = model.loss(h, y)
-                sums[b] += loss.item() * learned
+        for b, h in states(model, x, depths):
+            loss, _ = model.loss(h, y)
+            sums[b] += loss.item() * learned
     count = (sequences[1] >= 0).sum().item()
     return {depth: total / count for depth, total in sums.items()}
 
@@ -120,26 +124,30 @@ def read_answers(path, tokenizer, block_size):
     return documents
 
 
+def groups_of(items, size, what):
+    """The items, `size` at a time, with a line of progress."""
+    groups = [items[start : start + size] for start in range(0, len(items), size)]
+    return convert.progress(groups, what, len(groups))
+
+
+def padded(texts, model):
+    """Texts, lists of tokens, as one tensor on the model's device: padded on the right, which no token sees."""
+    rows = [torch.tensor(tokens) for tokens in texts]
+    return pad_sequence(rows, batch_first=True).to(model.wte.weight.device)
+
+
 @torch.no_grad()
 def accuracy_by_kind(model, documents, depths, halt=NEVER, max_loops=8, batch=64):
     """Share of right answers after each number of passes in `depths`, with `halt` ("exit"), and the mean passes that
     the tokens of answers then take ("passes"). An answer is right if each of its tokens is the likeliest one after the
     text before it. → {kind: {column: number}}"""
     scores = defaultdict(lambda: defaultdict(list))
-    starts = range(0, len(documents), batch)
-    groups = [documents[start : start + batch] for start in starts]
-    for group in convert.progress(groups, "answering", len(groups)):
-        rows = [torch.tensor(tokens) for tokens, _ in group]
-        idx = pad_sequence(rows, batch_first=True).to(model.wte.weight.device)  # on the right, which no token sees
+    for group in groups_of(documents, batch, "answering"):
+        idx = padded([tokens for tokens, _ in group], model)
         x, y = idx[:, :-1], idx[:, 1:]
         columns = {}
-        h = model.encode(x)
-        if 0 in depths:
-            columns[0] = model.decode(model.propose(h)).argmax(dim=-1) == y
-        for b in range(1, max(depths, default=0) + 1):
-            h = model.refine(h)
-            if b in depths:
-                columns[b] = model.decode(h).argmax(dim=-1) == y
+        for b, h in states(model, x, depths):
+            columns[b] = model.decode(h).argmax(dim=-1) == y
         if halt is not NEVER:
             h, passes = early_exit(model, x, max_loops, halt)
             columns["exit"] = model.decode(h).argmax(dim=-1) == y
@@ -150,10 +158,7 @@ def accuracy_by_kind(model, documents, depths, halt=NEVER, max_loops=8, batch=64
                     part = row[start - 1 : stop - 1]
                     score = part.mean() if name == "passes" else part.min()  # each of its tokens
                     scores[kind][name].append(score.item())
-    means = {}
-    for kind in sorted(scores):
-        means[kind] = {name: np.mean(values) for name, values in scores[kind].items()}
-    return means
+    return {kind: {name: np.mean(values) for name, values in scores[kind].items()} for kind in sorted(scores)}
 
 
 def print_accuracy(rows):
@@ -172,9 +177,8 @@ def held_out(directory, tokenizer, block_size, data=""):
     files = val = data
     if not data:
         path = directory / "settings.json"
-        with convert.reading(path):
+        with convert.reading(f"{path} (which names the text of the training; or give --data)"):
             trained = convert.read_json(path)
-            refuse("files" not in trained, "it does not say what text the model was trained on: give --data")
             files, val = trained["files"], trained["val"]
     _, tokens = convert.load_data(files, val, tokenizer)
     path = convert.expand(val)
@@ -204,19 +208,20 @@ def measure_losses(s):
     tokens, documents = held_out(directory, tokenizer, model.config.block_size, s.data)
     sequences = windows(tokens, min(s.context, model.config.block_size), s.tokens)
     losses = depth_losses(model, sequences, range(s.max_loops + 1), s.batch)
-    finite = all(map(math.isfinite, losses.values())) and model.q_head[1].weight.isfinite().all()
+    finite = math.isfinite(sum(losses.values())) and model.q_head[1].weight.isfinite().all()
     refuse(not finite, f"the losses {losses} or the confidence are not finite: are the weights damaged?")
     exit = exit_stats(model, sequences, s.max_loops, s.rule(), s.batch)
-    rows = [{"passes": depth, "mean_passes": depth, "loss": loss} for depth, loss in losses.items()]
-    rows.append({"passes": "exit", "mean_passes": exit["mean_passes"], "loss": exit["loss"]})
+    measured = [(depth, depth, loss) for depth, loss in losses.items()]
+    measured.append(("exit", exit["mean_passes"], exit["loss"]))
     for name in controls:
         control, _ = s.load(name)
         unlooped = depth_losses(control, sequences, [0], s.batch)
-        rows.append({"passes": "control", "mean_passes": 0, "loss": unlooped[0]})
+        measured.append(("control", 0, unlooped[0]))
     factor = bits_per_nat(sequences, tokenizer)
-    for row in rows:
-        row["perplexity"] = math.exp(min(row["loss"], 700))
-        row["bits_per_byte"] = row["loss"] * factor
+    rows = []
+    for passes, mean, loss in measured:
+        row = dict(passes=passes, mean_passes=mean, loss=loss)
+        rows.append(row | dict(perplexity=math.exp(min(loss, 700)), bits_per_byte=loss * factor))
     depths = [depth for depth in DEPTHS if depth <= s.max_loops]
     shares = accuracy_by_kind(model, documents, depths, s.rule(), s.max_loops, s.batch)
     if s.json:
@@ -290,14 +295,15 @@ def harness_model(harness, model, tokenizer, column, batch):
             return score(model, pairs, column, batch, self.passes)
 
         def loglikelihood_rolling(self, requests, **_):
-            return [self.score_text(self.tok_encode(request.args[0])) for request in requests]
-
-        def score_text(self, ids):
-            """The log-probability of a text, in windows as long as the model's context: each token is scored once."""
+            """Log-probabilities of texts, in windows as long as the model's context: each token is scored once."""
             size = model.config.block_size
-            starts = range(0, len(ids), size)
-            pairs = [([self.prefix_token_id, *ids[:start]], ids[start : start + size]) for start in starts]
-            return sum(logprob for logprob, _ in score(model, pairs, column, batch, self.passes))
+            totals = []
+            for request in requests:
+                ids = self.tok_encode(request.args[0])
+                starts = range(0, len(ids), size)
+                pairs = [([self.prefix_token_id, *ids[:start]], ids[start : start + size]) for start in starts]
+                totals.append(sum(logprob for logprob, _ in score(model, pairs, column, batch, self.passes)))
+            return totals
 
         def generate_until(self, requests, **_):
             raise InputError("tasks that write text are not supported: expected ones that score it")
@@ -311,24 +317,19 @@ def score(model, pairs, column, batch, all_passes):
     whether greedy decoding writes it. What is too long loses its beginning. The passes of the scored tokens are added
     to all_passes. InputError: a continuation alone is too long."""
     size = model.config.block_size
-    device = model.wte.weight.device
-    lengths = [len(context) + len(continuation) for context, continuation in pairs]
-    longest_first = sorted(range(len(pairs)), key=lengths.__getitem__, reverse=True)
-    starts = range(0, len(pairs), batch)
-    groups = [longest_first[start : start + batch] for start in starts]
+    texts = []
+    for context, continuation in pairs:
+        refuse(len(continuation) > size, f"an answer of {len(continuation)} tokens: the context has {size}")
+        texts.append((context + continuation)[-size - 1 : -1])
+    longest_first = sorted(range(len(pairs)), key=lambda i: -len(texts[i]))
     scores = [None] * len(pairs)
-    for group in convert.progress(groups, f"scoring, {column.name}", len(groups)):
-        inputs = []
-        for i in group:
-            context, continuation = pairs[i]
-            refuse(len(continuation) > size, f"an answer of {len(continuation)} tokens: the context has {size}")
-            inputs.append(torch.tensor((context + continuation)[-size - 1 : -1]))
-        idx = pad_sequence(inputs, batch_first=True)  # on the right, which no token sees
-        h, passes = early_exit(model, idx.to(device), column.max_loops, column.halt)
+    for group in groups_of(longest_first, batch, f"scoring, {column.name}"):
+        idx = padded([texts[i] for i in group], model)
+        h, passes = early_exit(model, idx, column.max_loops, column.halt)
         h = model.norm(model.run(model.decoder, h))
         for row, i in enumerate(group):
-            end = len(inputs[row])
-            continuation = torch.tensor(pairs[i][1], device=device)
+            continuation = torch.tensor(pairs[i][1], device=idx.device)
+            end = len(texts[i])
             scored = slice(end - len(continuation), end)
             logprobs = model.lm_head(h[row, scored]).float().log_softmax(dim=-1)
             refuse(logprobs.isnan().any(), "the model's logits are not finite: are its weights damaged?")
@@ -342,7 +343,7 @@ def score(model, pairs, column, batch, all_passes):
 def measure_tables(s):
     """Benchmark the models of --init, one after the other: the harness's own table for each column."""
     harness = import_harness()
-    manager = harness.tasks.TaskManager(include_path=s.include_path or None)
+    manager = harness.tasks.TaskManager(include_path=s.include_path)
     report = {}
     for init in s.init.split(","):
         model, tokenizer = s.load(init)
@@ -353,8 +354,8 @@ def measure_tables(s):
                     scorer,
                     tasks=s.tasks.split(","),
                     task_manager=manager,
-                    num_fewshot=s.num_fewshot if s.num_fewshot >= 0 else None,
-                    limit=s.limit or None,
+                    num_fewshot=s.num_fewshot,
+                    limit=s.limit,
                     log_samples=False,
                 )
             passes = sum(scorer.passes) / max(1, len(scorer.passes))

@@ -69,18 +69,17 @@ def show(steps, tokenizer, s):
             depths.append(depth)
             print(tint(utf8.decode(tokenizer.token_bytes(token)), depth, s.max_loops), end="", flush=True)
     print(utf8.decode(b"", final=True), flush=True)
+    count = len(depths)
     legend = " ".join(tint(str(b), b, s.max_loops) for b in range(1, s.max_loops + 1))
-    mean = f"{sum(depths) / max(1, len(depths)):.2f} passes each on average (of {legend or 0})"
-    speed = f"{len(depths) / (time.time() - begun):.1f} tokens/s"
-    print(f"\n{len(depths)} tokens, {mean}, {speed}", file=sys.stderr)
+    passes = f"{sum(depths) / max(1, count):.2f} passes each on average (of {legend or 0})"
+    print(f"\n{count} tokens, {passes}, {count / (time.time() - begun):.1f} tokens/s", file=sys.stderr)
 
 
 def write(model, tokenizer, prompt, s):
     """Print a prompt and its continuation."""
     print(prompt, end="", flush=True)
-    ids = tokenizer.start(prompt)
-    steps = model.stream([ids], s.max_new_tokens, s.max_loops, s.rule(), drawing(model, s))
-    show(steps, tokenizer, s)
+    prompts = [tokenizer.start(prompt)]
+    show(model.stream(prompts, s.max_new_tokens, s.max_loops, s.rule(), drawing(model, s)), tokenizer, s)
 
 
 # ---- A conversation
@@ -98,7 +97,7 @@ class Conversation:
         self.draw = drawing(model, s)
         self.ending = tokenizer.encode(tokenizer.template.end + tokenizer.template.after)
         self.ends = tokenizer.ends | {self.ending[0]}
-        self.beginning = list(tokenizer.begin)
+        self.beginning = [*tokenizer.begin]
         if s.system:
             self.beginning += self.message("system", s.system)
         self.turns = []
@@ -109,7 +108,7 @@ class Conversation:
         return [~i for i in ids]
 
     def tokens(self):
-        return self.beginning + [token for turn in self.turns for token in turn]
+        return sum(self.turns, self.beginning)
 
     def ask(self, question):
         """Add a question to the conversation. Raises InputError where it leaves no room for a reply."""
@@ -117,9 +116,8 @@ class Conversation:
         room = context - min(self.s.max_new_tokens, context // 2)
         opening = self.tokenizer.template.opening.format(role="assistant")
         asked = self.message("user", question) + self.tokenizer.encode(opening)
-        lengths = f"{len(self.beginning)} tokens before all turns, and a message of {len(asked)}"
-        too_long = len(self.beginning) + len(asked) > room
-        refuse(too_long, f"{lengths}, do not fit the context of {context} with a reply: shorten the longer one")
+        length = len(self.beginning + asked)
+        refuse(length > room, f"{length} tokens do not fit the context of {context} with a reply: shorten what is said")
         if self.turns:  # its reply does not hold its end
             self.turns[-1] += self.ending
         self.turns.append(asked)
@@ -184,18 +182,13 @@ def trace(model, tokenizer, prompt, s):
 
 
 # ---- For speed alone: compiled and recorded writing. A first reading may skip this.
-class SumLinear(torch.nn.Module):
+class SumLinear(torch.nn.Linear):
     """A linear layer that is a sum for one token: compiled for a CPU it reads the matrix at the memory's speed, twice
     as fast as torch's product."""
 
-    def __init__(self, linear):
-        super().__init__()
-        self.weight = linear.weight
-        self.bias = linear.bias
-
     def forward(self, x):
         if x.numel() > x.size(-1):
-            return torch.nn.functional.linear(x, self.weight, self.bias)
+            return super().forward(x)
         y = (self.weight.float() * x.float()[..., None, :]).sum(dim=-1)
         if self.bias is not None:
             y = y + self.bias
@@ -225,11 +218,11 @@ def compile_step(model):
     """Compile, in place, what one token of each text runs through when it is written: once for all layers, passes,
     positions and numbers of texts. Prompts run as before. On a CPU, sums take the place of the products."""
     if model.wte.weight.device.type == "cpu":
-        for block in model.layers():
-            block.attend = attend_with_sums
-            for name in ("qkv", "out", "up", "down"):
-                setattr(block, name, SumLinear(getattr(block, name)))
-        model.lm_head = SumLinear(model.lm_head)
+        for module in [*model.layers().modules(), model.lm_head]:
+            if isinstance(module, Block):
+                module.attend = attend_with_sums
+            if isinstance(module, torch.nn.Linear):
+                module.__class__ = SumLinear
     # A norm is to be stored before a matrix reads it, not computed again for each row of the matrix.
     options = {"realize_acc_reads_threshold": 2, "size_asserts": False}
     for block in model.layers():
@@ -292,16 +285,16 @@ MUCH_TO_READ = 100e9  # weights, as 124 tokens of SmolLM2-135M at 8 passes read:
 def made_fast(model, s, dtype):
     """The model made fast to write with, sharing its weights: its step compiled, where --compile says so or, if it says
     nothing, where that pays on this CPU; else in `dtype`, on a GPU recorded. Where compiling fails, a line says why."""
+    device = model.wte.weight.device
     compiling = s.compile
     if compiling is None:
         work = s.max_new_tokens * max(1, s.max_loops) * sum(p.numel() for p in model.reasoning.parameters())
-        on_cpu = model.wte.weight.device.type == "cpu"
-        compiling = on_cpu and work > MUCH_TO_READ
+        compiling = device.type == "cpu" and work > MUCH_TO_READ
     if compiling:
         print("compiling, which takes some seconds (--no-compile leaves it out)", file=sys.stderr)
         compiled = copy.deepcopy(model, {id(p): p for p in model.parameters()})
         compile_step(compiled)
-        idx = torch.zeros(1, 1, dtype=torch.long, device=model.wte.weight.device)
+        idx = torch.zeros(1, 1, dtype=torch.long, device=device)
         size = min(13, model.config.block_size)  # the size of no layer: torch would fix it as that
         try:
             compiled.advance(idx, [0], compiled.new_cache(1, size, 1), 1, Halt())
@@ -325,18 +318,17 @@ def show_held_out(model, tokenizer, directory, s):
     tokens, answers = documents[0]
     h, depths = early_exit(model, torch.tensor([tokens], device=model.wte.weight.device), s.max_loops, s.rule())
     said = model.decode(h)[0].argmax(dim=-1).tolist()
-    rows = []
-    end = 0
-    for kind, start, stop in answers:
-        passes = max(depths[0, start - 1 : stop - 1].tolist())
-        words = [tokenizer.decode(part) for part in (tokens[end:start], tokens[start:stop], said[start - 1 : stop - 1])]
-        rows.append((kind, passes, *words))
-        end = stop
-    print(f"A held-out document:{rows[0][2]} …\n\n{'':9} question  answer  it says  passes")
-    for kind, passes, question, answer, reply in sorted(rows):
-        mark = "" if reply == answer else "wrong"
-        line = f"{kind:9} {question[-8:]:>8} {answer:>7} {reply:>8} {passes:>7}  {mark}"
-        print(tint(line.rstrip(), passes, s.max_loops))
+    print(f"A held-out document:{tokenizer.decode(tokens[: answers[0].start])} …")
+    print(f"\n{'':9} question  answer  it says  passes")
+    ends = [0, *(answer.stop for answer in answers)]
+    for (kind, start, stop), end in sorted(zip(answers, ends)):
+        before = slice(start - 1, stop - 1)  # the states that foretell the answer
+        passes = depths[0, before].max().item()
+        question, answer, reply = map(tokenizer.decode, (tokens[end:start], tokens[start:stop], said[before]))
+        line = f"{kind:9} {question[-8:]:>8} {answer:>7} {reply:>8} {passes:>7}"
+        if reply != answer:
+            line += "  wrong"
+        print(tint(line, passes, s.max_loops))
     documents = documents[:50]
     means = accuracy_by_kind(model, documents, [1], s.rule(), s.max_loops).values()
     share, passes, once = (sum(row[name] for row in means) / len(means) for name in ("exit", "passes", 1))
@@ -369,21 +361,22 @@ def main():
     if device.type == "cpu":
         s.dtype = s.dtype or "fp32"  # the fastest where it is compiled
     model, tokenizer = s.load(directory)
-    if s.chat:
-        unknown = "the model has no chat template that we know: expected ChatML, Llama 3's or Phi-4's"
-        refuse(tokenizer.template is None, unknown)
-        return chat(made_fast(model, s, dtype), tokenizer, s)
+    unknown = s.chat and tokenizer.template is None
+    refuse(unknown, "the model has no chat template that we know: expected ChatML, Llama 3's or Phi-4's")
     if not s.trace:
         model = made_fast(model, s, dtype)
+    if s.chat:
+        return chat(model, tokenizer, s)
     trained = (directory / "settings.json").exists() and s.max_loops > 0
     if trained and not s.prompt and sys.stdin.isatty():
         show_held_out(model, tokenizer, directory, s)
     for prompt in inputs(s):
-        if not prompt and trained:
+        if trained and not prompt:
             show_held_out(model, tokenizer, directory, s)
+        elif s.trace:
+            trace(model, tokenizer, prompt, s)
         else:
-            work = trace if s.trace else write
-            work(model, tokenizer, prompt, s)
+            write(model, tokenizer, prompt, s)
 
 
 if __name__ == "__main__":
