@@ -275,8 +275,8 @@ def setup(s):
         model, tokenizer = convert.load(src, "cpu" if sharded else device, torch.float32, *cuts)
     if s.gate_start and not s.resume:  # also where the checkpoint has a gate, such as one that was trained unlooped
         model.gate.reset_parameters()
-    too_long = s.context > model.config.block_size
-    refuse(too_long, f"--context={s.context} is more than the model's {model.config.block_size}: give at most that")
+    longest = model.config.block_size
+    refuse(s.context > longest, f"--context={s.context} is more than the model's {longest}: give at most that")
     if sharded:
         shard(model, device, dtype)
     optimizer = make_optimizer(model, s)
@@ -322,11 +322,11 @@ def save_checkpoint(run, s):
     directory = step_directory(s, run.step)
     if rank() > 0 or (directory / "optimizer.pt").exists():
         return
-    state = {"step": run.step, "skipped": run.skipped, "optimizer": optimizer}
     with convert.all_or_nothing(directory) as unfinished:
         convert.write_checkpoint(run.model, run.tokenizer, unfinished, weights=weights)
         settings = json.dumps(asdict(s) | {"files": run.files}, indent=2)
         (unfinished / "settings.json").write_text(settings, encoding="utf-8")
+        state = {"step": run.step, "skipped": run.skipped, "optimizer": optimizer}
         torch.save(state, unfinished / "optimizer.pt")
     for old in checkpoints(s.out)[: -s.keep]:
         remove_checkpoint(old)
@@ -361,8 +361,7 @@ def train_step(run, s, tokens):
     """Step run.step: gradients of all its micro-batches, and the optimizer's step. Each micro-batch counts by its share
     of the step's learned tokens, so that L_LM is their mean, in whatever micro-batch or process they are. → the mean
     loss terms, and the norm of the gradient. KeyboardInterrupt: a signal came, and no weight has changed."""
-    first = run.step * s.accumulate
-    batches = [micro_batch(tokens, s, first + i) for i in range(s.accumulate)]
+    batches = [micro_batch(tokens, s, run.step * s.accumulate + i) for i in range(s.accumulate)]
     learned = [(y >= 0).sum().item() for _, y in batches]
     supervised = supervised_passes(s, run.step)
     count = s.supervised if s.objective == "loop" else 1
@@ -385,7 +384,7 @@ def train_step(run, s, tokens):
 def optimizer_step(run, s):
     """Take the optimizer's step, unless the gradient is not finite. → its norm. Raises InputError after the fifth such
     gradient in a row."""
-    if dist.is_initialized() and not run.sharded:
+    if not run.sharded:
         for p in run.model.parameters():
             if p.grad is not None:
                 summed(p.grad)
@@ -480,12 +479,13 @@ def train(s):
         with first_process_first():
             tokens, held_out = convert.load_data(run.files, s.val, run.tokenizer)
         targets = tokens[1 : (len(tokens) - 1) // s.context * s.context + 1]
-        empty = targets.max(initial=-1) < 0
-        refuse(empty, f"nothing is to be learned in whole contexts of {s.context} tokens of --data: give more")
+        refuse(
+            targets.max(initial=-1) < 0, f"nothing is to be learned in whole contexts of {s.context} tokens of --data"
+        )
         held_out = convert.windows(held_out, s.context, s.eval_tokens)
-        cuts = " + ".join(str(len(stack)) for stack in (run.model.encoder, run.model.reasoning, run.model.decoder))
-        place = f"{world_size()} × {run.device}, {run.dtype}"
-        print(f"{s.objective}: {cuts} layers, {len(tokens):,} tokens, {place}, to {s.out}", flush=True)
+        c = run.model.config
+        print(f"{s.objective}: {c.encoder_layers} + {c.reasoning_layers} + {c.decoder_layers} layers,", end=" ")
+        print(f"{len(tokens):,} tokens, {world_size()} × {run.device}, {run.dtype}, to {s.out}", flush=True)
         take_all_steps(run, s, tokens, held_out)
     return last_checkpoint(s)
 
@@ -565,8 +565,8 @@ def write_lists(path, count, lengths, seed):
 def list_tokenizer():
     """One token per byte, and one for each name of a slot and each value with the space before it."""
     spec = convert.byte_tokenizer().spec
-    for character in SLOTS + VALUES:
-        spec["model"]["vocab"][f"Ġ{character}"] = 257 + len(spec["model"]["merges"])
+    for i, character in enumerate(SLOTS + VALUES, start=257):
+        spec["model"]["vocab"][f"Ġ{character}"] = i
         spec["model"]["merges"].append(["Ġ", character])
     return convert.Tokenizer(spec)
 
@@ -667,11 +667,11 @@ def resumed(given):
         saved = convert.read_json(directory / "settings.json")
         saved.pop("files")
         refuse(saved.keys() != asdict(Settings()).keys(), "another version has written it: train anew")
-        before = Settings(**convert.parse(Settings, arguments=convert.as_flags(Settings(**saved))))
+        saved = asdict(Settings(**convert.parse(Settings, arguments=convert.as_flags(Settings(**saved)))))
     for name in FIXED:
-        changed = given.get(name, getattr(before, name)) != getattr(before, name)
+        changed = given.get(name, saved[name]) != saved[name]
         refuse(changed, f"--{name} cannot change in a resumed run, which has {saved[name]!r}: leave it out")
-    return asdict(before) | given | {"out": out}
+    return saved | given | {"out": out}
 
 
 LAUNCH = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")  # what torchrun sets, and leftovers of clusters seldom do
