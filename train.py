@@ -118,7 +118,7 @@ def learning_rate(s, step):
     warmup = min(s.warmup, s.steps // 10)
     if step < warmup:
         return s.lr * (step + 1) / warmup
-    progress = (step - warmup) / max(1, s.steps - warmup)
+    progress = (step - warmup) / (s.steps - warmup)
     return s.lr * (0.55 + 0.45 * math.cos(math.pi * progress))
 
 
@@ -134,12 +134,11 @@ def make_optimizer(model, s):
         if s.objective == "lm":
             p.requires_grad_(not new)
         if p.requires_grad:
-            groups.setdefault((new, p.dim() > 1), []).append(p)
-    params = []
-    for (new, matrices), members in groups.items():
-        params.append({"params": members, "weight_decay": 0.1 * matrices, "new": new})
+            matrix = p.dim() > 1
+            group = {"params": [], "weight_decay": 0.1 * matrix, "new": new}
+            groups.setdefault((new, matrix), group)["params"].append(p)
     fused = model.wte.weight.device.type != "mps"
-    return torch.optim.AdamW(params, lr=s.lr, betas=(0.9, 0.95), fused=fused)
+    return torch.optim.AdamW(list(groups.values()), lr=s.lr, betas=(0.9, 0.95), fused=fused)
 
 
 def move_gradient(weight, copied):
@@ -231,8 +230,7 @@ class Run:
 def check(s):
     """Raises InputError where settings contradict each other, or what is in s.out."""
     refuse(s.supervised > s.max_loops, f"--supervised={s.supervised} of --max_loops={s.max_loops}: expected K, 1 to B")
-    uneven = s.accumulate % world_size()
-    refuse(uneven, f"--accumulate={s.accumulate} micro-batches cannot be shared by {world_size()} processes")
+    refuse(s.accumulate % world_size(), f"--accumulate={s.accumulate} cannot be shared by {world_size()} processes")
     refuse(Path(s.out, "config.json").exists(), f"--out={s.out} holds a model: name a directory for the run")
     for directory in checkpoints(s.out)[-1:]:
         refuse(not s.resume, f"{s.out} holds a run, at {directory.name}: --resume it, or name another --out")
@@ -270,9 +268,9 @@ def setup(s):
     torch.manual_seed(s.seed)
     sharded = s.shard and world_size() > 1
     src = checkpoints(s.out)[-1] if s.resume else s.init
-    cuts = (s.encoder_layers, s.decoder_layers, s.gate_start)
+    place = "cpu" if sharded else device
     with first_process_first():
-        model, tokenizer = convert.load(src, "cpu" if sharded else device, torch.float32, *cuts)
+        model, tokenizer = convert.load(src, place, torch.float32, s.encoder_layers, s.decoder_layers, s.gate_start)
     if s.gate_start and not s.resume:  # also where the checkpoint has a gate, such as one that was trained unlooped
         model.gate.reset_parameters()
     longest = model.config.block_size
@@ -349,12 +347,11 @@ def remove_checkpoint(directory):
 # ---- One step
 def supervised_losses(run, s, x, y, supervised):
     """The loss terms of a micro-batch: of each supervised pass in turn, or the one of the unlooped model."""
-    if s.objective == "lm":
-        h = run.fast.propose(run.fast.encode(x))
-        lm, _ = run.fast.loss(h, y)
-        yield (lm,)
+    model = run.fast
+    if s.objective == "loop":
+        yield from deep_supervision(model, x, y, supervised, s.span, CONFIDENCE_LOSSES[s.confidence])
     else:
-        yield from deep_supervision(run.fast, x, y, supervised, s.span, CONFIDENCE_LOSSES[s.confidence])
+        yield model.loss(model.propose(model.encode(x)), y)[:1]
 
 
 def train_step(run, s, tokens):
@@ -403,8 +400,8 @@ def optimizer_step(run, s):
     else:
         run.skipped += 1
     run.optimizer.zero_grad()
-    state = f"no finite gradient in 5 steps to {run.step + 1}"
-    refuse(run.skipped == 5, f"{state}: lower --lr; {s.out} keeps its checkpoints")
+    ended = f"no finite gradient in 5 steps to {run.step + 1}: lower --lr; {s.out} keeps its checkpoints"
+    refuse(run.skipped == 5, ended)
     return norm
 
 
