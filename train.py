@@ -443,8 +443,8 @@ def evaluate(run, s, held_out):
 
 
 def conclude(run, s, held_out):
-    """After the last step of a loop: show what came of it, and write into the checkpoint the lowest of THRESHOLDS whose
-    loss with exit is within 1 % of the best depth's; where there is none, one at which no token stops."""
+    """After the last step: say what came of the loop, and write into its checkpoint the lowest of THRESHOLDS whose loss
+    with exit is within 1 % of the best depth's; where there is none, one at which no token stops."""
     losses = evaluate(run, s, held_out)
     if s.objective == "lm":
         return
@@ -459,12 +459,7 @@ def conclude(run, s, held_out):
     _, config = convert.config_to_write(run.model.config, "authors", torch.float32)
     with convert.all_or_nothing(last_checkpoint(s)) as unfinished:
         (unfinished / "config.json").write_text(json.dumps(config, indent=2), encoding="utf-8")
-    records = [record for record in convert.read_records(Path(s.out, "log.jsonl")) if "held_out" in record]
-    print("\npasses, 0: unlooped" + "".join(f"{depth:>9}" for depth in losses))
-    for record in [record for record in records if record["step"] == 0][-1:] + records[-1:]:
-        row = "".join(f"{loss!s:>9.6}" for loss in record["held_out"].values())
-        print(f"after step {record['step']:>8}{row}   nats per held-out token")
-    print(f"{summary(losses, exit)}; exit is at a confidence of {threshold}\n", flush=True)
+    print(f"{summary(losses, exit)}; exit is at a confidence of {threshold}", flush=True)
 
 
 # ---- The loop
