@@ -116,9 +116,9 @@ def read_answers(path, tokenizer, block_size):
                 ids = np.insert(ids, 0, ~(tokenizer.prefix or 0))
             changes = np.diff(ids >= 0, prepend=False, append=False)  # between what is read and what is learned
             borders = np.flatnonzero(changes).reshape(-1, 2).tolist()
-            fits = len(kinds) == len(borders) and len(ids) <= block_size
             found = f"{len(kinds)} kinds of {len(borders)} answers in {len(ids)} tokens"
-            refuse(not fits, f"{found}: expected as many kinds as answers, and at most {block_size} tokens")
+            unfit = len(kinds) != len(borders) or len(ids) > block_size
+            refuse(unfit, f"{found}: expected as many kinds as answers, and at most {block_size} tokens")
         answers = [Answer(str(kind), *border) for kind, border in zip(kinds, borders)]
         documents.append((np.maximum(ids, ~ids).tolist(), answers))
     return documents
@@ -220,8 +220,8 @@ def measure_losses(s):
     factor = bits_per_nat(sequences, tokenizer)
     rows = []
     for passes, mean, loss in measured:
-        row = dict(passes=passes, mean_passes=mean, loss=loss)
-        rows.append(row | dict(perplexity=math.exp(min(loss, 700)), bits_per_byte=loss * factor))
+        more = dict(perplexity=math.exp(min(loss, 700)), bits_per_byte=loss * factor)
+        rows.append(dict(passes=passes, mean_passes=mean, loss=loss, **more))
     depths = [depth for depth in DEPTHS if depth <= s.max_loops]
     shares = accuracy_by_kind(model, documents, depths, s.rule(), s.max_loops, s.batch)
     if s.json:

@@ -108,11 +108,6 @@ def micro_batch(tokens, s, i):
     return convert.rows(tokens, starts, s.context)
 
 
-def supervised_passes(s, step):
-    """K of the B passes, without replacement; the same for all micro-batches of a step, so that processes keep pace."""
-    return random.Random(f"depths {s.seed} {step}").sample(range(s.max_loops), s.supervised)
-
-
 def learning_rate(s, step):
     """Linear warm-up to s.lr, then a cosine down to a tenth of it."""
     warmup = min(s.warmup, s.steps // 10)
@@ -358,21 +353,21 @@ def train_step(run, s, tokens):
     """Step run.step: gradients of all its micro-batches, and the optimizer's step. Each micro-batch counts by its share
     of the step's learned tokens, so that L_LM is their mean, in whatever micro-batch or process they are. → the mean
     loss terms, and the norm of the gradient. KeyboardInterrupt: a signal came, and no weight has changed."""
-    batches = [micro_batch(tokens, s, run.step * s.accumulate + i) for i in range(s.accumulate)]
-    learned = [(y >= 0).sum().item() for _, y in batches]
-    supervised = supervised_passes(s, run.step)
-    count = s.supervised if s.objective == "loop" else 1
-    means = torch.zeros(3, device=run.device)
     own = range(rank(), s.accumulate, world_size())
-    for i in convert.progress(own, f"step {run.step + 1}", len(own)):
+    batches = [micro_batch(tokens, s, run.step * s.accumulate + i) for i in own]
+    learned = summed(sum((y >= 0).sum() for _, y in batches)).item()
+    # K of the B passes, the same for all micro-batches, so that processes keep pace
+    supervised = random.Random(f"depths {s.seed} {run.step}").sample(range(s.max_loops), s.supervised)
+    count = s.supervised if s.objective == "loop" else 1
+    scale = world_size() if run.sharded else 1  # FSDP takes the mean over the processes
+    means = torch.zeros(3, device=run.device)
+    for x, y in convert.progress(batches, f"step {run.step + 1}", len(batches)):
         if summed(torch.tensor(run.signals)) > 0:
             raise KeyboardInterrupt
-        x, y = (part.to(run.device) for part in batches[i])
-        if learned[i] == 0:
-            y = y.clamp(min=0)  # its weight is 0: the loss must only be finite
-        weight = learned[i] / max(1, sum(learned)) / count
-        scale = world_size() if run.sharded else 1  # FSDP takes the mean over the processes
-        for terms in supervised_losses(run, s, x, y, supervised):
+        weight = (y >= 0).sum().item() / max(1, learned) / count
+        if weight == 0:
+            y = y.clamp(min=0)  # the loss must only be finite
+        for terms in supervised_losses(run, s, x.to(run.device), y.to(run.device), supervised):
             (sum(terms) * weight * scale).backward()
             means[: len(terms)] += torch.stack(terms).detach() * weight
     return summed(means).tolist()[: len(terms)], optimizer_step(run, s)
@@ -625,12 +620,12 @@ def story(given):
     stage("2/3 train it unlooped on chains of 3, 4 and 8 links: the control", control)
     stage("3/3 recast it and train the loop on the same chains, for as many steps", loop)
     model, tokenizer = convert.load(last_checkpoint(loop))
-    documents = read_answers(Path(loop.val), tokenizer, model.config.block_size)
+    documents = read_answers(Path(loop.val), tokenizer, CONTEXT)
     table = accuracy_by_kind(model, documents, [1, 2, 4, 8], Halt(threshold=model.config.q_threshold))
-    for name, s in (("control", control), ("base", base)):
+    for s in (control, base):
         unlooped, _ = convert.load(last_checkpoint(s))
         for kind, columns in accuracy_by_kind(unlooped, documents, [0]).items():
-            table[kind] = {name: columns[0]} | table[kind]
+            table[kind] = {Path(s.out).name: columns[0]} | table[kind]
     print_accuracy(table)
     tokens, answers = documents[0]
     question = tokenizer.decode(tokens[: answers[0].start])
