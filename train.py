@@ -36,7 +36,7 @@ from torch.utils.checkpoint import checkpoint
 
 import convert
 from convert import flag, refuse
-from eval import NEVER, accuracy_by_kind, depth_losses, exit_stats, print_accuracy, read_answers, summary
+from eval import DEPTHS, NEVER, accuracy_by_kind, depth_losses, exit_stats, print_accuracy, read_answers, summary
 from loopus import Config, Halt, InputError, LoopUS, deep_supervision, sequence_confidence_loss, token_confidence_loss
 
 RECIPES = {
@@ -431,7 +431,9 @@ def log_step(run, s, terms, norm, seconds):
 
 def evaluate(run, s, held_out):
     """Write the held-out loss at each depth to the log, and → it."""
-    depths = [0] if s.objective == "lm" else [b for b in (0, 1, 2, 4, 8) if b < s.max_loops] + [s.max_loops]
+    depths = [0]
+    if s.objective == "loop":
+        depths += [b for b in DEPTHS if b < s.max_loops] + [s.max_loops]
     losses = depth_losses(run.fast, held_out, depths, s.batch)
     write_log(run, s, held_out={depth: rounded(loss) for depth, loss in losses.items()})
     return losses
@@ -621,7 +623,7 @@ def story(given):
     stage("3/3 recast it and train the loop on the same chains, for as many steps", loop)
     model, tokenizer = convert.load(last_checkpoint(loop))
     documents = read_answers(Path(loop.val), tokenizer, CONTEXT)
-    table = accuracy_by_kind(model, documents, [1, 2, 4, 8], Halt(threshold=model.config.q_threshold))
+    table = accuracy_by_kind(model, documents, DEPTHS, Halt(threshold=model.config.q_threshold))
     for s in (control, base):
         unlooped, _ = convert.load(last_checkpoint(s))
         for kind, columns in accuracy_by_kind(unlooped, documents, [0]).items():
