@@ -145,25 +145,23 @@ def chat(model, tokenizer, s):
 
 # ---- One token, pass by pass
 def candidates(model, tokenizer, h):
-    """The likeliest tokens after the state h (1, T, C), with their probabilities."""
+    """The likeliest tokens after the state h (1, T, C) with their probabilities, two spaces before each."""
     probabilities = model.decode(h)[0, -1].float().softmax(dim=-1)
     refuse(not probabilities.isfinite().all(), "the model's probabilities are not finite: are its weights damaged?")
-    words = []
+    words = ""
     for token in probabilities.argsort(descending=True)[:5].tolist():
         text = tokenizer.token_bytes(token).decode(errors="replace")
-        words.append(f"{text!r} {probabilities[token]:.3f}")
-    return "  ".join(words)
+        words += f"  {text!r} {probabilities[token]:.3f}"
+    return words
 
 
 @torch.no_grad()
 def trace(model, tokenizer, prompt, s):
     """One row per pass for the token after the prompt: confidence q, step length ‖h^{b+1} − h^b‖₂, mean α, and the
     likeliest tokens. No token is stopped; where the rule first holds is marked."""
-    ids = tokenizer.start(prompt)
-    halt = s.rule()
-    h = model.encode(torch.tensor([ids], device=model.wte.weight.device))
+    h = model.encode(torch.tensor([tokenizer.start(prompt)], device=model.wte.weight.device))
     print(f"pass  {'q':>5}  {'step':>8}  {'α':>5}  candidates")
-    print(f"base{'':24}{candidates(model, tokenizer, model.propose(h))}")
+    print(f"base{'':22}{candidates(model, tokenizer, model.propose(h))}")
     log_doubt = 0.0
     mark = "  ← exit"
     for b in range(1, s.max_loops + 1):
@@ -173,8 +171,8 @@ def trace(model, tokenizer, prompt, s):
         h = model.gate(proposed, h)
         step = (h - h_before)[0, -1].float().norm()
         q = torch.sigmoid(model.confidence(h).float())[0, -1]
-        line = f"{b:>4}  {q:5.3f}  {step:8.2f}  {alpha:5.3f}  {candidates(model, tokenizer, h)}"
-        stops, log_doubt = halt.stops(model, b, h_before, h, log_doubt)
+        line = f"{b:>4}  {q:5.3f}  {step:8.2f}  {alpha:5.3f}{candidates(model, tokenizer, h)}"
+        stops, log_doubt = s.rule().stops(model, b, h_before, h, log_doubt)
         if stops[0, -1]:
             line += mark
             mark = ""

@@ -468,14 +468,13 @@ def train(s):
         with first_process_first():
             tokens, held_out = convert.load_data(run.files, s.val, run.tokenizer)
         targets = tokens[1 : (len(tokens) - 1) // s.context * s.context + 1]
-        refuse(
-            targets.max(initial=-1) < 0, f"nothing is to be learned in whole contexts of {s.context} tokens of --data"
-        )
+        refuse(targets.max(initial=-1) < 0, f"--data: nothing is to be learned in contexts of {s.context} tokens")
         held_out = convert.windows(held_out, s.context, s.eval_tokens)
         c = run.model.config
         print(f"{s.objective}: {c.encoder_layers} + {c.reasoning_layers} + {c.decoder_layers} layers,", end=" ")
         print(f"{len(tokens):,} tokens, {world_size()} × {run.device}, {run.dtype}, to {s.out}", flush=True)
         take_all_steps(run, s, tokens, held_out)
+    print(f"written to {last_checkpoint(s)}", flush=True)
     return last_checkpoint(s)
 
 

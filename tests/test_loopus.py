@@ -339,7 +339,7 @@ def test_compiled_text_is_the_same_and_one_step_serves_all_layers_passes_and_pos
     model = random_model(shape, 5, **more)
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
-    fast = sample.made_fast(model, sample.Settings(compile=True))
+    fast = sample.made_fast(model, sample.Settings(compile=True), torch.float32)
     assert fast is not model  # compiling did not fail
     for prompts in (prompts_of(9), prompts_of(3), prompts_of(3, 21, 4)):
         assert_writes_the_same(fast, model, prompts, 6, 0.52)
