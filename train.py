@@ -346,7 +346,8 @@ def supervised_losses(run, s, x, y, supervised):
     if s.objective == "loop":
         yield from deep_supervision(model, x, y, supervised, s.span, CONFIDENCE_LOSSES[s.confidence])
     else:
-        yield model.loss(model.propose(model.encode(x)), y)[:1]
+        lm, _ = model.loss(model.propose(model.encode(x)), y)
+        yield (lm,)
 
 
 def train_step(run, s, tokens):
