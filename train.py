@@ -534,7 +534,7 @@ def list_document(chance, links):
     holds = {}
     answers = {}
     for chain, value in zip(chains, values):
-        holds |= zip(chain, [value, *chain])
+        holds |= zip(chain, [value, *chain])  # the first slot the value, each other one the slot before it
         for distance, slot in enumerate(chain, start=1):
             answers[slot] = (f" {value}", f"{distance} links")
     asked = chance.permutation(list(SLOTS))[:QUESTIONS]
