@@ -177,8 +177,9 @@ def held_out(directory, tokenizer, block_size, data=""):
     files = val = data
     if not data:
         path = directory / "settings.json"
-        with convert.reading(f"{path} (which names the text of the training; or give --data)"):
+        with convert.reading(path):
             trained = convert.read_json(path)
+            refuse("files" not in trained, "it does not say what text the model was trained on: give --data")
             files, val = trained["files"], trained["val"]
     _, tokens = convert.load_data(files, val, tokenizer)
     path = convert.expand(val)

@@ -322,7 +322,8 @@ class LoopUS(nn.Module):
         """Keys and values of `size` positions: (layers, 2, texts, size, m, hd) for E, for M at each pass, and for D."""
         shape = (2, texts, size, self.config.n_kv_head, self.config.head_dim)
         stacks = [self.encoder, *[self.reasoning] * max(1, max_loops), self.decoder]
-        return [self.wte.weight.new_zeros(len(stack), *shape) for stack in stacks]
+        like = {"dtype": self.wte.weight.dtype, "device": self.wte.weight.device}
+        return [torch.zeros(len(stack), *shape, **like) for stack in stacks]
 
     @torch.no_grad()
     def advance(self, idx, starts, cache, max_loops, halt, rows=None):
@@ -435,7 +436,7 @@ def early_exit(model, idx, max_loops, halt, together=False):
     if max_loops == 0:
         return model.propose(h), depth
     B, T = idx.shape
-    last_kv = model.new_cache(B, T, 1)[1]  # keys and values of each token's last pass
+    last_kv = model.new_cache(B, T, 1)[1].to(h.dtype)  # keys and values of each token's last pass
     at = model.positions([0] * B, T)
     at = at.in_cache(torch.arange(B, device=idx.device), S=T)
     running = at.running

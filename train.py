@@ -457,7 +457,14 @@ def conclude(run, s, held_out):
     _, config = convert.config_to_write(run.model.config, "authors", torch.float32)
     with convert.all_or_nothing(last_checkpoint(s)) as unfinished:
         (unfinished / "config.json").write_text(json.dumps(config, indent=2), encoding="utf-8")
-    print(f"{summary(losses, exit)}; exit is at a confidence of {threshold}", flush=True)
+    records = [record for record in convert.read_records(Path(s.out, "log.jsonl")) if "held_out" in record]
+    print("\nheld-out loss at passes (0: unlooped)" + "".join(f"{depth:>9}" for depth in losses))
+    for record in (records[0], records[-1]):
+        print(
+            f"nats per token after step {record['step']:>11}"
+            + "".join(f"{x!s:>9.6}" for x in record["held_out"].values())
+        )
+    print(f"{summary(losses, exit)}; exit is at a confidence of {threshold}\n", flush=True)
 
 
 # ---- The loop
