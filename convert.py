@@ -18,18 +18,18 @@ import sys
 import tempfile
 import time
 import unicodedata
-import urllib.error
-import urllib.parse
-import urllib.request
 from argparse import SUPPRESS, ArgumentParser, ArgumentTypeError, BooleanOptionalAction
 from array import array
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, fields, replace
-from functools import lru_cache, partial
+from functools import partial
 from itertools import islice, takewhile
 from pathlib import Path
 from typing import NamedTuple
+from urllib.error import HTTPError
+from urllib.parse import quote
+from urllib.request import HTTPRedirectHandler, Request, build_opener
 
 import numpy as np
 import regex  # comes with tiktoken
@@ -85,7 +85,6 @@ class Family:
     layer: str  # prefix of a layer's tensors: {i} counts over the whole model, {j} within its {stack}
     modules: dict  # module of ours → modules there; the rows of several lie one below the other in ours
     sliding_window: int | None = None  # where config.json has no such key
-    transposed: bool = False  # the matrices of layers are stored as (inputs, outputs)
     looped: bool = False  # checkpoints have the gate and the confidence head, too
 
 
@@ -105,7 +104,6 @@ GPT2 = Family(
         wte=["transformer.wte"], wpe=["transformer.wpe"], norm=["transformer.ln_f"], lm_head=["lm_head"],
         ln_1=["ln_1"], qkv=["attn.c_attn"], out=["attn.c_proj"], ln_2=["ln_2"], up=["mlp.c_fc"], down=["mlp.c_proj"],
     ),
-    transposed=True,
 )
 LLAMA = Family(
     keys=dict(
@@ -172,8 +170,7 @@ def read_config(path):
         in_order = sum(stacks, []) == list(range(values["n_layer"]))
         refuse(not in_order, f"its layers are {stacks}: expected all {values['n_layer']} in their order")
         values |= {"encoder_layers": len(stacks[0]), "decoder_layers": len(stacks[2]), "base": raw}
-        values["q_threshold"] = number(LOOPED_DEFAULTS | raw, "q_threshold", float)
-        return looped(family), Config(**values), False
+        return looped(family), Config(**values, q_threshold=number(LOOPED_DEFAULTS | raw, "q_threshold", float)), False
 
 
 def read_family(base):
@@ -184,7 +181,7 @@ def read_family(base):
     family = FAMILIES[kind]
     rope = dict(base.get("rope_scaling") or base.get("rope_parameters") or {})  # the older spelling, the newer one
     rope.setdefault("rope_type", rope.pop("type", None))
-    raw = {key: value for key, value in [*base.items(), *rope.items()] if value is not None}
+    raw = {key: value for key, value in (base | rope).items() if value is not None}
     refuse("full_attention" in rope, "rotary positions that differ between layers are not supported")
     for key, choices in family.supported.items():
         value = raw.setdefault(key, choices[0])
@@ -219,14 +216,14 @@ def rotary_angles(raw, head_dim):
     low_freq_factor by `factor`, none under original / high_freq_factor, and those between smoothly."""
     theta = number({"rope_theta": 10000.0} | raw, "rope_theta", float)
     angle = theta ** -(torch.arange(0, head_dim, 2).float() / head_dim)
-    if raw.get("rope_type") == "llama3":
+    if raw["rope_type"] == "llama3":
         low, high = raw["low_freq_factor"], raw["high_freq_factor"]
         original = raw.get("original_max_position_embeddings", raw["max_position_embeddings"])
         turns = original * angle / (2 * torch.pi)  # within the original context
         kept = ((turns - low) / (high - low)).clamp(0, 1)
         angle = angle * (kept + (1 - kept) / raw["factor"])
-    fits = head_dim % 2 == 0 and angle.isfinite().all()
-    refuse(not fits, f"its rotary positions cannot be computed for heads of {head_dim} channels")
+    wrong = head_dim % 2 or not angle.isfinite().all()
+    refuse(wrong, f"its rotary positions cannot be computed for heads of {head_dim} channels")
     return angle.tolist()
 
 
@@ -241,15 +238,15 @@ def config_to_write(config, format, dtype):
         return family, base
     layers = list(range(config.n_layer))
     end = config.n_layer - config.decoder_layers
-    written = LOOPED_DEFAULTS | {"model_type": "lds"}
-    if "base_config_dict" in config.base:
-        written |= config.base
-    written["base_config_dict"] = base
-    written["q_threshold"] = config.q_threshold
-    written["encoder_layer_indices"] = layers[: config.encoder_layers]
-    written["reasoning_layer_indices"] = layers[config.encoder_layers : end]
-    written["decoder_layer_indices"] = layers[end:]
-    return looped(family), written
+    before = config.base if "base_config_dict" in config.base else LOOPED_DEFAULTS
+    return looped(family), before | {
+        "model_type": "lds",
+        "base_config_dict": base,
+        "q_threshold": config.q_threshold,
+        "encoder_layer_indices": layers[: config.encoder_layers],
+        "reasoning_layer_indices": layers[config.encoder_layers : end],
+        "decoder_layer_indices": layers[end:],
+    }
 
 
 # ---- Checkpoints
@@ -263,11 +260,14 @@ def load(src, device="cpu", dtype=torch.float32, encoder_layers=-1, decoder_laye
     config.gate_start = gate_start or config.gate_start
     tokenizer = load_tokenizer(directory, config.vocab_size)
     model = read_model(directory, family, config, tied, device, dtype).eval()
-    cuts = [config.encoder_layers, config.decoder_layers]
+    encoder, decoder = config.encoder_layers, config.decoder_layers
     if not family.looped and -1 in (encoder_layers, decoder_layers):
-        cuts = default_cuts(model, tokenizer)
-    given = [encoder_layers, decoder_layers]
-    cut(model, *(old if new == -1 else new for new, old in zip(given, cuts)))
+        encoder, decoder = default_cuts(model, tokenizer)
+    if encoder_layers != -1:
+        encoder = encoder_layers
+    if decoder_layers != -1:
+        decoder = decoder_layers
+    cut(model, encoder, decoder)
     return model, tokenizer
 
 
@@ -280,49 +280,45 @@ def stored_names(model, family):
     stored = {}
     for name, _ in model.named_parameters():
         module, leaf = name.rsplit(".", 1)
-        stack = name.split(".")[0]
+        stack, *place = module.split(".")
         prefix = ""
-        if stack in first:  # encoder.3.qkv.weight, say
-            _, j, module = module.split(".")
+        if stack in first:  # encoder.3.qkv, say
+            j, module = place
             prefix = family.layer.format(stack=stack, j=j, i=first[stack] + int(j))
         if module in family.modules:
             stored[name] = [f"{prefix}{stored_module}.{leaf}" for stored_module in family.modules[module]]
     return stored
 
 
-def is_transposed(name, parameter, family):
-    """Does a checkpoint of the family store this parameter as (inputs, outputs)?"""
-    in_layer = name.startswith(("encoder.", "reasoning.", "decoder."))
-    return family.transposed and in_layer and parameter.dim() == 2
+def turned(name, tensor):
+    """A tensor as GPT-2 stores it, or back: the matrices of its layers, called c_…, lie there as (inputs, outputs)."""
+    return tensor.t() if ".c_" in name else tensor
 
 
 def read_model(directory, family, config, tied, device, dtype):
     """The model of `config` with the weights of a directory. Raises InputError where these disagree with it."""
-    files = tensor_files(directory)
-    refuse(config.n_layer > len(files), f"{directory / 'config.json'} has more layers than the weights have tensors")
+    tensors = read_tensors(directory)
+    refuse(config.n_layer > len(tensors), f"{directory / 'config.json'} has more layers than the weights have tensors")
     with torch.device("meta"):
         model = LoopUS(config)
     stored = stored_names(model, family)
-    if tied and "lm_head.weight" not in files:
+    if tied and "lm_head.weight" not in tensors:
         stored["lm_head.weight"] = stored["wte.weight"]
     wanted = {bare(tensor_name) for names in stored.values() for tensor_name in names}
-    problems = [f"{name} is missing" for name in sorted(wanted - files.keys())]
-    problems += [f"{name} is unknown" for name in sorted(files.keys() - wanted)]
+    problems = [f"{name} is missing" for name in sorted(wanted - tensors.keys())]
+    problems += [f"{name} is unknown" for name in sorted(tensors.keys() - wanted)]
     refuse(problems, f"the weights in {directory} disagree with its config.json: {', '.join(problems[:3])}")
     state = {}
     for name, parameter in model.named_parameters():
         if name in stored:
             with reading(f"{stored[name]} in {directory}"):
-                parts = [files[bare(tensor_name)] for tensor_name in stored[name]]
-                tensor = torch.cat([file.get_tensor(tensor_name) for file, tensor_name in parts])
-                if is_transposed(name, parameter, family):
-                    tensor = tensor.T.contiguous()
-                shapes = f"{list(tensor.shape)} instead of {list(parameter.shape)}"
-                refuse(tensor.shape != parameter.shape, f"its shape disagrees with config.json: {shapes}")
+                parts = [turned(tensor_name, tensors[bare(tensor_name)][:]) for tensor_name in stored[name]]
+                tensor = torch.cat(parts)
         else:  # the gate and the confidence head, where the model was never looped
             tensor = torch.empty(parameter.shape, dtype=state["wte.weight"].dtype)
         state[name] = tensor.to(device=device, dtype=dtype)
-    model.load_state_dict(state, assign=True)
+    with reading(f"the weights in {directory} disagree with its config.json"):
+        model.load_state_dict(state, assign=True)
     if not family.looped:
         model.reset_new_parameters()
     return model
@@ -330,8 +326,7 @@ def read_model(directory, family, config, tied, device, dtype):
 
 def bare(name):
     """A tensor's name without the prefixes that some checkpoints write and others do not; plateau is an old name."""
-    name = re.sub(r"(^|\.)module\.", r"\1", name).replace("plateau.", "reasoning.")
-    return re.sub(r"^(transformer|model)\.", "", name)
+    return re.sub(r"\b(module|transformer|model)\.", "", name).replace("plateau.", "reasoning.")
 
 
 WEIGHTS = "model.safetensors"
@@ -348,17 +343,18 @@ def shards(directory):
     return sorted(listed or directory.glob("model-*-of-*.safetensors")) or [directory / WEIGHTS]
 
 
-def tensor_files(directory):
-    """{bare name: (open file, name in it)} of a checkpoint's weights. InputError: some are not floats."""
+def read_tensors(directory):
+    """{bare name: tensor, read from the disk by [:]} of a checkpoint's weights. InputError: some are not floats."""
     tensors = {}
     for path in shards(directory):
         with reading(path):
             file = safe_open(path, "pt")
             for name in file.keys():
                 if not name.endswith(BUFFERS):
-                    tensors[bare(name)] = (file, name)
-                    floats = file.get_slice(name).get_dtype() in ("F16", "BF16", "F32", "F64")
+                    tensor = file.get_slice(name)
+                    floats = tensor.get_dtype() in ("F16", "BF16", "F32", "F64")
                     refuse(not floats, f"{name} is not of floats: quantized weights are not supported")
+                    tensors[bare(name)] = tensor
     return tensors
 
 
@@ -408,13 +404,11 @@ def write_checkpoint(model, tokenizer, directory, format="authors", weights=None
     keys = model.config.n_kv_head * model.config.head_dim
     tensors = {}
     for name, names in stored_names(model, family).items():
-        rows = [len(weights[name]) // len(names)] * len(names)
+        parts = weights[name].chunk(len(names))
         if len(names) == 3:
-            rows = [len(weights[name]) - 2 * keys, keys, keys]  # queries, keys and values
-        for tensor_name, part in zip(names, weights[name].split(rows)):
-            if is_transposed(name, part, family):
-                part = part.T
-            tensors[tensor_name] = part.contiguous()
+            parts = weights[name].split([len(weights[name]) - 2 * keys, keys, keys])  # queries, keys and values
+        for tensor_name, part in zip(names, parts):
+            tensors[tensor_name] = turned(tensor_name, part).contiguous()
     save_file(tensors, directory / WEIGHTS, metadata={"format": "pt"})
     (directory / "config.json").write_text(json.dumps(config, indent=2), encoding="utf-8")
     for name, content in tokenizer.files.items() if tokenizer else ():
@@ -422,27 +416,27 @@ def write_checkpoint(model, tokenizer, directory, format="authors", weights=None
 
 
 # ---- The hub
-@lru_cache(maxsize=1)
-def cache_dir(stated):
+def cache_dir():
     """Where downloads and tokenised texts are kept; where nothing can be written there, a temporary place."""
-    path = expand(stated or "~/.cache/loopus")
+    path = expand(os.environ.get("LOOPUS_CACHE") or "~/.cache/loopus")
     try:
         path.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=path).close()
     except OSError as e:
         path = Path(tempfile.mkdtemp(prefix="loopus-"))
+        os.environ["LOOPUS_CACHE"] = str(path)
         print(f"no cache ({e}): downloads and tokenised texts lie in {path} for now", file=sys.stderr)
     return path
 
 
 def resolve(src):
     """`src` → the directory of its checkpoint: itself, a run's newest step, a download; "": the newest below ./out."""
-    path = expand(src or "out")
     if not src:
-        finished = sorted(path.glob(f"**/{STEP}/config.json"), key=os.path.getmtime)
-        refuse(not finished, "no --init, and no model below ./out: run python train.py, or name a model")
-        print(f"no --init: taking the newest model, {finished[-1].parent}", file=sys.stderr)
-        return finished[-1].parent
+        configs = sorted(Path("out").glob(f"**/{STEP}/config.json"), key=os.path.getmtime)
+        refuse(not configs, "no --init, and no model below ./out: run python train.py, or name a model")
+        src = configs[-1].parent
+        print(f"no --init: taking the newest model, {src}", file=sys.stderr)
+    path = expand(src)
     for config in [path / "config.json", *sorted(path.glob(f"{STEP}/config.json"), reverse=True)]:
         if config.exists():
             return config.parent
@@ -465,14 +459,14 @@ def download(name, revision):
     model = hub_path("HF_HUB_CACHE", "hub") / f"models--{name.replace('/', '--')}"
     ref = model / "refs" / revision
     commit = ref.read_text().strip() if ref.exists() else revision
-    target = cache_dir(os.environ.get("LOOPUS_CACHE")) / f"{name}@{revision}".replace("/", "--")
+    target = cache_dir() / f"{name}@{revision}".replace("/", "--")
     for directory in (model / "snapshots" / commit, target):
         if (directory / "config.json").exists() and all(shard.exists() for shard in shards(directory)):
             return directory
     offline = os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE")
     refuse(offline, f"HF_HUB_OFFLINE is set, and {name} is not in the cache: unset it, or give a directory")
     endpoint = os.environ.get("HF_ENDPOINT") or "https://huggingface.co"
-    url = f"{endpoint.rstrip('/')}/{name}/resolve/{urllib.parse.quote(commit, safe='')}/"
+    url = f"{endpoint.rstrip('/')}/{name}/resolve/{quote(commit, safe='')}/"
     with all_or_nothing(target) as unfinished:
         for file in ("config.json", INDEX, *TOKENIZER_FILES):
             fetch(url + file, unfinished / file)
@@ -481,7 +475,7 @@ def download(name, revision):
     return target
 
 
-class SameHost(urllib.request.HTTPRedirectHandler):
+class SameHost(HTTPRedirectHandler):
     """Follows redirects, and sends the token along to the hub alone."""
 
     def redirect_request(self, request, *answer):
@@ -493,20 +487,19 @@ class SameHost(urllib.request.HTTPRedirectHandler):
 
 def fetch(url, target):
     """Download a file; all but config.json and weights may be absent from the hub. Raises InputError."""
-    request = urllib.request.Request(url)
+    request = Request(url)
     login = hub_path("HF_TOKEN_PATH", "token")  # where the hub's own tools put it
     token = os.environ.get("HF_TOKEN") or (login.read_text() if login.is_file() else "")
     if token.strip():
         request.add_header("Authorization", f"Bearer {token.strip()}")
     with reading(f"cannot fetch {url}"):
         try:
-            opened = urllib.request.build_opener(SameHost).open(request, timeout=30)
-            with opened as answer, open(target, "wb") as out:
+            with build_opener(SameHost).open(request, timeout=30) as answer, open(target, "wb") as out:
                 size = int(answer.headers["Content-Length"] or 0)
                 for block in progress(iter(partial(answer.read, 1 << 20), b""), f"fetching {target.name}", size, len):
                     out.write(block)
                 refuse(out.tell() < size, f"it broke off after {out.tell()} of {size} bytes")
-        except urllib.error.HTTPError as e:
+        except HTTPError as e:
             if e.code != 404 or target.name not in (INDEX, *TOKENIZER_FILES):
                 raise
 
@@ -986,7 +979,7 @@ def load_tokens(files, tokenizer):
     stamp = [tokenizer.spec, tokenizer.begin, tokenizer.end_of_text, tokenizer.template]
     stamp += [(str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
     name = hashlib.sha256(repr(stamp).encode()).hexdigest()[:32]
-    path = cache_dir(os.environ.get("LOOPUS_CACHE")) / f"{name}.int32"
+    path = cache_dir() / f"{name}.int32"
     if not path.exists():
         tokenise(files, tokenizer, path)
     empty = path.stat().st_size == 0 or np.memmap(path, np.int32, "r").max() < 0
