@@ -21,10 +21,10 @@ import unicodedata
 from argparse import SUPPRESS, ArgumentParser, ArgumentTypeError, BooleanOptionalAction
 from array import array
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass, field, fields, replace
 from functools import partial
-from itertools import islice, takewhile
+from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
 from urllib.error import HTTPError
@@ -38,6 +38,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+import loopus
 from loopus import RULES, Config, Halt, InputError, LoopUS
 
 
@@ -532,26 +533,28 @@ def steps_of(node, key):
 
 
 def known_split(spec):
-    """The pattern by which tiktoken cuts words as a tokenizer.json does, or None if it would not give the same ids: the
-    file must be plain byte-level BPE, whose added tokens are cut out of a text as they are."""
+    """The pattern by which tiktoken cuts words as a tokenizer.json does. LookupError: it would not give the same ids;
+    the file must be plain byte-level BPE, whose added tokens are cut out of a text as they are."""
     model = spec["model"]
     normalizers = [step["type"] for step in steps_of(spec.get("normalizer"), "normalizers")]
+    *before, level = steps_of(spec.get("pre_tokenizer"), "pretokenizers") or [{}]
     odd = [model.get(name) for name in ("dropout", "continuing_subword_prefix", "end_of_word_suffix", "byte_fallback")]
     odd += [model.get("type", "BPE") != "BPE", model.get("unk_token") and BYTE_OF.keys() - model["vocab"].keys()]
+    odd += [normalizers not in ([], ["NFC"]), level.get("type") != "ByteLevel", level.get("add_prefix_space", True)]
     for token in spec["added_tokens"]:
         odd += [token["single_word"], token["lstrip"], token["rstrip"], token["normalized"] and normalizers]
         odd.append(BORDER.search("." + token["content"]))
-    if any(odd) or normalizers not in ([], ["NFC"]):
-        return None
-    match [{"use_regex": True} | step for step in steps_of(spec.get("pre_tokenizer"), "pretokenizers")]:
-        case [{"type": "ByteLevel", "add_prefix_space": False, "use_regex": True}]:
-            return GPT2_SPLIT
-        case [digits, {"type": "ByteLevel", "add_prefix_space": False, "use_regex": True}]:
-            return SMOLLM2_SPLIT if digits.get("individual_digits") else None
-        case [{"type": "Split"} as split, {"type": "ByteLevel", "add_prefix_space": False, "use_regex": False}]:
-            way = (split["behavior"], split["invert"])  # the two are the same where all text matches
-            pattern = split["pattern"].get("Regex")
-            return pattern if pattern in SPLITS and way in (("Isolated", False), ("Removed", True)) else None
+    if not any(odd):
+        match before, level.get("use_regex", True):
+            case [], True:
+                return GPT2_SPLIT
+            case [{"individual_digits": True}], True:
+                return SMOLLM2_SPLIT
+            case [{"pattern": {"Regex": pattern}, "behavior": way, "invert": inverted}], False:
+                # the two ways are the same where all text matches
+                if pattern in SPLITS and (way, inverted) in (("Isolated", False), ("Removed", True)):
+                    return pattern
+    raise LookupError
 
 
 def merge(token, rank_of):
@@ -559,12 +562,8 @@ def merge(token, rank_of):
     merge, and how many parts are left."""
     parts = list(token)
     last = -1
-    while len(parts) > 1:
-        ranks = [rank_of.get(pair, len(rank_of)) for pair in zip(parts, parts[1:])]
-        if min(ranks) == len(rank_of):
-            break
-        last = min(ranks)
-        at = ranks.index(last)
+    while merges := [(rank_of[pair], at) for at, pair in enumerate(zip(parts, parts[1:])) if pair in rank_of]:
+        last, at = min(merges)
         parts[at : at + 2] = [parts[at] + parts[at + 1]]
     return last, len(parts)
 
@@ -573,10 +572,12 @@ class ByteLevel:
     """A byte-level tokenizer.json run by tiktoken. The file lists pairs that merge; tiktoken merges any neighbours that
     are a token together. These are the same, since tiktoken is given only what the listed merges make of a token's own
     bytes, by the rank of the last merge: what happens within its borders does not depend on what is around. With
-    ignore_merges tiktoken also takes whole words. Raises LookupError where merges could then come near them."""
+    ignore_merges tiktoken also takes whole words. Raises LookupError where merges could then come near them, and as
+    `known_split` does."""
 
-    def __init__(self, spec, pattern):
+    def __init__(self, spec, added):
         model = spec["model"]
+        self.pattern = known_split(spec)
         pairs = [tuple(pair.split(" ") if isinstance(pair, str) else pair) for pair in model["merges"]]
         rank_of = {pair: rank for rank, pair in enumerate(pairs)}
         order = dict.fromkeys(BYTE_OF, -1)
@@ -590,13 +591,12 @@ class ByteLevel:
                     raise LookupError(token)
         tokens = sorted(order, key=order.get)
         numbers = {bytes(BYTE_OF[character] for character in token): n for n, token in enumerate(tokens)}
-        self.encoding = tiktoken.Encoding("loopus", pat_str=pattern, mergeable_ranks=numbers, special_tokens={})
+        self.encoding = tiktoken.Encoding("loopus", pat_str=self.pattern, mergeable_ranks=numbers, special_tokens={})
         self.ids = [model["vocab"].get(token) for token in tokens]  # None: a byte that the vocabulary lacks
-        self.pattern = pattern
-        self.composes = "NFC" in json.dumps(spec.get("normalizer"))
-        self.added = {token["content"]: token["id"] for token in spec["added_tokens"]}
-        self.vocab = model["vocab"] | self.added
-        longest_first = sorted(filter(None, self.added), key=len, reverse=True)
+        self.composes = steps_of(spec.get("normalizer"), "normalizers")  # NFC, if any
+        self.added = added
+        self.vocab = model["vocab"] | added
+        longest_first = sorted(added, key=len, reverse=True)
         self.split = re.compile("(" + ("|".join(map(re.escape, longest_first)) or "(?!)") + ")").split
 
     def encode(self, text, typed, first):
@@ -604,8 +604,8 @@ class ByteLevel:
         if typed:
             return self.encode_words(text)
         ids = []
-        for i, part in enumerate(self.split(text)):  # added tokens are at the odd places
-            ids += [self.added[part]] if i % 2 else self.encode_words(part)
+        for part in self.split(text):
+            ids += [self.added[part]] if part in self.added else self.encode_words(part)
         return ids
 
     def encode_words(self, text):
@@ -646,7 +646,7 @@ class Package:
 
     def encode(self, text, typed, first):
         """See `Tokenizer.encode`."""
-        for before in ("\n", ".", "a") if not first else ():  # one of them does not merge with the text
+        for before in () if first else ("\n", ".", "a"):  # one of them does not merge with the text
             head = self.ids(before, typed)
             whole = self.ids(before + text, typed)
             if whole[: len(head)] == head:
@@ -662,7 +662,8 @@ class Package:
 
 
 class Tokenizer:
-    """A tokenizer.json (its content is `spec`): text to ids and back, with the ids of the tokenizers library.
+    """A tokenizer.json (its content is `spec`) with the configs and files beside it: text to ids and back, with the ids
+    of the tokenizers library.
 
     n_vocab       1 + the largest id
     added         {content: id} of the added tokens
@@ -674,27 +675,45 @@ class Tokenizer:
     files         {name: bytes} of TOKENIZER_FILES
     """
 
-    def __init__(self, spec):
-        self.spec = spec | {"added_tokens": [ADDED | token for token in spec.get("added_tokens") or []]}
-        self.model = None
-        pattern = known_split(self.spec)
-        with suppress(LookupError):
-            self.model = pattern and ByteLevel(self.spec, pattern)
-        self.model = self.model or Package(self.spec)
-        self.added = {token["content"]: token["id"] for token in self.spec["added_tokens"]}
+    def __init__(self, spec, configs=({},), files=None):
+        tokens = [ADDED | token for token in spec.get("added_tokens") or [] if token["content"]]
+        self.spec = spec | {"added_tokens": tokens}
+        self.files = files or {"tokenizer.json": json.dumps(spec, ensure_ascii=False).encode()}
+        self.added = {token["content"]: token["id"] for token in tokens}
+        try:
+            self.model = ByteLevel(self.spec, self.added)
+        except LookupError:
+            self.model = Package(self.spec)
         self.content = {i: token for token, i in self.model.vocab.items()}
         self.n_vocab = 1 + max(self.content)
         self.begin = []
         for step in steps_of(spec.get("post_processor"), "processors"):
-            for item in takewhile(lambda item: "SpecialToken" in item, step.get("single", [])):
+            for item in step.get("single", []):
+                if "SpecialToken" not in item:
+                    break
                 self.begin += step["special_tokens"][item["SpecialToken"]["id"]]["ids"]
         self.puts_space = b"".join(map(self.token_bytes, self.encode("a"))) == b" a"
-        self.end_of_text = next((self.added[name] for name in ENDS if name in self.added), None)
-        self.ends = {self.end_of_text} - {None}
-        self.prefix = self.begin[0] if self.begin else self.end_of_text
-        self.stated_template = ""
-        self.template = None
-        self.files = {"tokenizer.json": json.dumps(spec, ensure_ascii=False).encode()}
+        ends = self.stated_ids("eos", configs) or [self.added[name] for name in ENDS if name in self.added][:1]
+        self.ends = set(ends)
+        self.end_of_text = next(iter(ends), None)
+        if configs[0]:  # as in other tools, tokenizer_config.json decides alone how a text begins
+            configs = configs[:1]
+        self.prefix = [*self.begin, *self.stated_ids("bos", configs), self.end_of_text][0]
+        template = self.files.get("chat_template.jinja", b"").decode()
+        self.stated_template = template or str(configs[0].get("chat_template") or "")
+        self.template = find_template(self)
+
+    def stated_ids(self, name, configs):
+        """The known ids that tokenizer_config.json, generation_config.json and config.json state as eos or bos."""
+        token = configs[0].get(f"{name}_token")
+        if isinstance(token, dict):
+            token = token["content"]
+        ids = [self.model.vocab.get(token)]
+        for config in configs[1:]:
+            config = config.get("base_config_dict", config)  # of a looped checkpoint
+            i = config.get(f"{name}_token_id")
+            ids += i if isinstance(i, list) else [i]
+        return [i for i in ids if i in self.content]
 
     def encode(self, text, typed=False, first=True):
         """Text → ids. typed: somebody has typed it, so that special tokens such as <|im_end|> in it are plain text.
@@ -741,62 +760,34 @@ def load_tokenizer(src, vocab_size=math.inf):
     """The tokenizer of a hub name or directory, by its tokenizer.json and the files beside it; None without the first.
     Added tokens beyond a model of vocab_size are left out, and a line says so. Raises InputError."""
     directory = resolve(src)
-    spec = read_json(directory / "tokenizer.json")
+    names = ("tokenizer.json", "added_tokens.json", "tokenizer_config.json", "generation_config.json", "config.json")
+    spec, older, *configs = [read_json(directory / name) for name in names]
     if not spec:
         return None
-    configs = [
-        read_json(directory / name) for name in ("tokenizer_config.json", "generation_config.json", "config.json")
-    ]
-    older = read_json(directory / "added_tokens.json")
     with reading(directory / "tokenizer.json and what is beside it"):
         tokens = with_added_tokens(spec, configs[0].get("added_tokens_decoder") or {}, older)
         known = [token for token in tokens if token["id"] < vocab_size]
-        tokenizer = Tokenizer(spec | {"added_tokens": known})
-        sizes = f"{tokenizer.n_vocab} tokens, and the model {vocab_size}"
-        refuse(tokenizer.n_vocab > vocab_size, f"it has {sizes}: is it another model's?")
         if len(known) < len(tokens):
             print(f"{directory}: the model lacks {len(tokens) - len(known)} of the added tokens", file=sys.stderr)
         files = [directory / name for name in TOKENIZER_FILES]
-        tokenizer.files = {file.name: file.read_bytes() for file in files if file.exists()}
-        ends = stated_ids(tokenizer, configs, "eos")
-        if ends:
-            tokenizer.end_of_text = ends[0]
-            tokenizer.ends = set(ends)
-        if configs[0]:  # as in other tools, tokenizer_config.json decides alone how a text begins
-            del configs[1:]
-        if not tokenizer.begin:
-            tokenizer.prefix = next(iter(stated_ids(tokenizer, configs, "bos")), tokenizer.end_of_text)
-        template = tokenizer.files.get("chat_template.jinja", b"").decode()
-        tokenizer.stated_template = template or str(configs[0].get("chat_template") or "")
-        tokenizer.template = find_template(tokenizer)
-    return tokenizer
+        files = {file.name: file.read_bytes() for file in files if file.exists()}
+        tokenizer = Tokenizer(spec | {"added_tokens": known}, configs, files)
+        sizes = f"{tokenizer.n_vocab} tokens, and the model {vocab_size}"
+        refuse(tokenizer.n_vocab > vocab_size, f"it has {sizes}: is it another model's?")
+        return tokenizer
 
 
 def with_added_tokens(spec, beside, older):
     """The added tokens of a tokenizer.json, and those that stand beside it alone, in tokenizer_config.json or in the
     `older` added_tokens.json. As transformers does, each gets the next free id, in the order of the stated ones."""
-    tokens = list(spec.get("added_tokens") or [])
+    tokens = {token["content"]: token for token in spec.get("added_tokens") or []}
     vocab = spec["model"]["vocab"]
     stated = {i: {"content": content} for content, i in older.items()} | {int(i): beside[i] for i in beside}
     for i in sorted(stated):
         content = stated[i]["content"]
-        if content not in [token["content"] for token in tokens]:
-            free = max([len(vocab), *(1 + token["id"] for token in tokens)])
-            tokens.append(stated[i] | {"id": vocab[content] if content in vocab else free})
-    return tokens
-
-
-def stated_ids(tokenizer, configs, name):
-    """The ids that tokenizer_config.json, generation_config.json and config.json state as eos or bos, known ones."""
-    token = configs[0].get(f"{name}_token")
-    if isinstance(token, dict):
-        token = token["content"]
-    ids = [tokenizer.model.vocab.get(token)]
-    for config in configs[1:]:
-        config = config.get("base_config_dict", config)  # of a looped checkpoint
-        i = config.get(f"{name}_token_id")
-        ids += i if isinstance(i, list) else [i]
-    return [i for i in ids if i in tokenizer.content]
+        free = max([len(vocab), *(1 + token["id"] for token in tokens.values())])
+        tokens.setdefault(content, stated[i] | {"id": vocab[content] if content in vocab else free})
+    return tokens.values()
 
 
 # ---- Text: the records of a file → segments, learned or only read → ids → a memory-mapped array → rows
@@ -832,9 +823,9 @@ TEMPLATES = (
 def find_template(tokenizer):
     """The first Template whose special tokens the tokenizer and, where the model states a template, this one has."""
     for template in TEMPLATES:
-        tokens = set(re.findall(r"<\|\w+\|>", "".join(template)))
-        stated = tokenizer.stated_template
-        if tokens <= tokenizer.added.keys() and (not stated or all(token in stated for token in tokens)):
+        written = "".join(template)
+        stated = tokenizer.stated_template or written
+        if all(token in tokenizer.added and token in stated for token in re.findall(r"<\|\w+\|>", written)):
             return template
     return None
 
@@ -903,7 +894,7 @@ def encode_document(segments, tokenizer, begin=(), end=()):
     front, unless the document begins so itself, and `end` after it."""
     ids = array("i")
     for segment in segments:
-        first = segment is segments[0]
+        first = not ids
         part = tokenizer.encode(segment.text, segment.typed, first)
         if first and part[: len(begin)] != begin:
             part = [*begin, *part]
@@ -926,21 +917,15 @@ def read_documents(files, tokenizer):
 
 def tokenise(files, tokenizer, path):
     """Write the ids of all files to `path` as int32, on all cores."""
-    unfinished = path.with_suffix(f".{os.getpid()}")
     documents = read_documents(files, tokenizer)
     batches = iter(lambda: list(islice(documents, 64)), [])
     end = [] if tokenizer.end_of_text is None else [tokenizer.end_of_text]
     encode = partial(encode_document, tokenizer=tokenizer, begin=tokenizer.begin, end=end)
-    pool = ThreadPoolExecutor()
-    try:
-        with open(unfinished, "wb") as out:
-            for batch in progress(batches, "tokenising", sum(file.stat().st_size for file in files), characters):
-                for ids in pool.map(encode, batch):
-                    ids.tofile(out)
-        unfinished.replace(path)
-    finally:
-        pool.shutdown(wait=False, cancel_futures=True)
-        unfinished.unlink(missing_ok=True)
+    pool = ThreadPoolExecutor()  # nobody waits for what its threads still do when an exception ends this
+    with all_or_nothing(path.parent) as unfinished, open(unfinished / path.name, "wb") as out:
+        for batch in progress(batches, "tokenising", sum(file.stat().st_size for file in files), characters):
+            for ids in pool.map(encode, batch):
+                ids.tofile(out)
 
 
 def characters(documents):
@@ -970,10 +955,9 @@ def load_tokens(files, tokenizer):
     once, and kept in the cache. Raises InputError where nothing is to be learned."""
     refuse(tokenizer is None, "the model has no tokenizer.json: text cannot be read or written without one")
     hold_ids = [file.suffix.lower() in (".bin", ".npy") for file in files]
-    refuse(
-        len(set(hold_ids)) > 1, f"{files[0].parent} has ids (.bin, .npy) and other files: name one kind, as by a glob"
-    )
-    if all(hold_ids):
+    if any(hold_ids):
+        mixed = f"{files[0].parent} has ids (.bin, .npy) and other files: name one kind, as by a glob"
+        refuse(not all(hold_ids), mixed)
         parts = [map_tokens(file, tokenizer) for file in files]
         return parts[0] if len(parts) == 1 else np.concatenate(parts)
     stamp = [tokenizer.spec, tokenizer.begin, tokenizer.end_of_text, tokenizer.template]
@@ -991,14 +975,14 @@ def find_files(data):
     """A file, a directory (all its files), a glob, or else "python": the source of its standard library → sorted paths.
     Hidden files and files of zero bytes are left out. Raises InputError where nothing remains."""
     path = expand(data)
-    if path.is_dir():
-        paths = [p for p in path.rglob("*") if "/." not in f"/{p.relative_to(path).as_posix()}"]
-    elif path.exists():
-        paths = [path]
+    pattern = str(path)
+    if path.exists():
+        pattern = glob.escape(pattern)
     elif data == "python":
-        paths = Path(os.__file__).parent.glob("*.py")
-    else:
-        paths = map(Path, glob.glob(str(path), recursive=True))
+        pattern = f"{Path(os.__file__).parent}/*.py"
+    if path.is_dir():
+        pattern += "/**"
+    paths = map(Path, glob.glob(pattern, recursive=True))
     files = sorted(path for path in paths if path.is_file() and path.stat().st_size > 0)
     refuse(not files, f"{data}: no file with text in it is there; expected a file, a directory, a glob")
     return files
@@ -1025,7 +1009,7 @@ def rows(tokens, starts, context):
     i that is to be read and not learned stands in `tokens` as ~i; as a target it is −100."""
     windows = [tokens[start : start + context + 1] for start in starts]
     ids = torch.from_numpy(np.stack(windows).astype(np.int64))
-    inputs = torch.where(ids < 0, ~ids, ids)[:, :-1]
+    inputs = torch.maximum(ids, ~ids)[:, :-1]
     targets = ids.masked_fill(ids < 0, -100)[:, 1:]
     return inputs, targets
 
@@ -1064,7 +1048,7 @@ def default_cuts(model, tokenizer):
 def sample_text(model, tokenizer):
     """Tokens (1, T) to look at a model with: this project's own words or, without a tokenizer, arbitrary tokens."""
     if tokenizer:
-        ids = tokenizer.encode(sys.modules[LoopUS.__module__].__doc__)
+        ids = tokenizer.encode(loopus.__doc__)
     else:
         ids = [i * 7919 for i in range(256)]
     length = min(256, model.config.block_size)
@@ -1143,7 +1127,7 @@ def as_flags(settings):
     flags = []
     for setting in fields(settings):
         value = getattr(settings, setting.name)
-        if value in (True, False) and setting.type is bool:
+        if setting.type is bool:
             flags.append(f"--{'' if value else 'no-'}{setting.name}")
         elif value != setting.default:
             flags.append(f"--{setting.name}={value}")
@@ -1187,10 +1171,8 @@ def pick_device(name, dtype):
     """→ device and dtype of --device and --dtype; where empty, the best device, and bf16 if it is good at that."""
     if not name:
         name = "cpu"
-        if torch.backends.mps.is_available():
-            name = "mps"
-        if torch.cuda.is_available():
-            name = "cuda"
+        if torch.accelerator.is_available():
+            name = torch.accelerator.current_accelerator().type
     with reading(f"--device={name}"):
         device = torch.empty(0, device=name).device
     native_bf16 = device.type == "cpu" and getattr(torch.cpu, "_is_avx512_bf16_supported", bool)()
@@ -1254,16 +1236,6 @@ class Settings:
     decoder_layers: int = flag(-1, "layers after the loop; -1: likewise")
 
 
-def show_profile(model, tokenizer):
-    """Print how much each layer changes the state, the cuts by the rule, and those that the model has."""
-    distances = layer_distances(model, sample_text(model, tokenizer))
-    print("1 − cos between the states that enter and leave each layer")
-    for layer, distance in enumerate(distances.tolist()):
-        print(f"layer {layer:>2}  {distance:6.3f}  {'█' * round(50 * distance / max(1e-9, distances.max().item()))}")
-    encoder, decoder = choose_cuts(distances)
-    print(f"by the rule: encoder {encoder}, decoder {decoder}; taken: {len(model.encoder)}, {len(model.decoder)}")
-
-
 def main():
     s = Settings(**parse(Settings, "src", "out"))
     refuse(not s.src or not (s.out or s.profile), "expected: convert.py SRC OUT, or convert.py SRC --profile")
@@ -1272,7 +1244,12 @@ def main():
         save(model, tokenizer, s.out, s.format)
         print(f"{s.out}: {len(model.encoder)} + {len(model.reasoning)} + {len(model.decoder)} layers")
     if s.profile:
-        show_profile(model, tokenizer)
+        distances = layer_distances(model, sample_text(model, tokenizer))
+        print("1 − cos between the states that enter and leave each layer")
+        for layer, distance in enumerate(distances / max(1e-9, distances.max())):
+            print(f"layer {layer:>2}  {distances[layer]:6.3f}  {'█' * round(50 * distance.item())}")
+        encoder, decoder = choose_cuts(distances)
+        print(f"by the rule: encoder {encoder}, decoder {decoder}; taken: {len(model.encoder)}, {len(model.decoder)}")
 
 
 if __name__ == "__main__":
