@@ -84,7 +84,7 @@ class Family:
     constants: dict  # fields of our Config that are the same in the whole family
     supported: dict  # key in config.json → the values of it that we can run; without it the first one holds
     layer: str  # prefix of a layer's tensors: {i} counts over the whole model, {j} within its {stack}
-    modules: dict  # module of ours → modules there; the rows of several lie one below the other in ours
+    modules: dict  # module of ours → the one there, or a list: the rows of several lie one below the other in ours
     sliding_window: int | None = None  # where config.json has no such key
     looped: bool = False  # checkpoints have the gate and the confidence head, too
 
@@ -98,12 +98,12 @@ GPT2 = Family(
     constants=dict(norm="layer", mlp="gelu", rotary=None, qkv_bias=True, out_bias=True, mlp_bias=True),
     supported=dict(
         activation_function=["gelu_new", "gelu_pytorch_tanh"], scale_attn_weights=[True],
-        scale_attn_by_inverse_layer_idx=[False], tie_word_embeddings=[True, False], use_sliding_window=[False],
+        scale_attn_by_inverse_layer_idx=[False], tie_word_embeddings=[True, False],
     ),
     layer="transformer.h.{i}.",
     modules=dict(
-        wte=["transformer.wte"], wpe=["transformer.wpe"], norm=["transformer.ln_f"], lm_head=["lm_head"],
-        ln_1=["ln_1"], qkv=["attn.c_attn"], out=["attn.c_proj"], ln_2=["ln_2"], up=["mlp.c_fc"], down=["mlp.c_proj"],
+        wte="transformer.wte", wpe="transformer.wpe", norm="transformer.ln_f", lm_head="lm_head",
+        ln_1="ln_1", qkv="attn.c_attn", out="attn.c_proj", ln_2="ln_2", up="mlp.c_fc", down="mlp.c_proj",
     ),
 )
 LLAMA = Family(
@@ -121,10 +121,10 @@ LLAMA = Family(
     ),
     layer="model.layers.{i}.",
     modules=dict(
-        wte=["model.embed_tokens"], norm=["model.norm"], lm_head=["lm_head"],
-        ln_1=["input_layernorm"], qkv=["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"],
-        q_norm=["self_attn.q_norm"], k_norm=["self_attn.k_norm"], out=["self_attn.o_proj"],
-        ln_2=["post_attention_layernorm"], up=["mlp.gate_proj", "mlp.up_proj"], down=["mlp.down_proj"],
+        wte="model.embed_tokens", norm="model.norm", lm_head="lm_head",
+        ln_1="input_layernorm", qkv=["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"],
+        q_norm="self_attn.q_norm", k_norm="self_attn.k_norm", out="self_attn.o_proj",
+        ln_2="post_attention_layernorm", up=["mlp.gate_proj", "mlp.up_proj"], down="mlp.down_proj",
     ),
 )
 # fmt: on
@@ -137,15 +137,15 @@ FAMILIES = {
     "qwen3": replace(QWEN, constants=QWEN.constants | dict(qk_norm=True)),
     "phi3": replace(
         LLAMA,
-        modules=LLAMA.modules | dict(qkv=["self_attn.qkv_proj"], up=["mlp.gate_up_proj"]),
+        modules=LLAMA.modules | dict(qkv="self_attn.qkv_proj", up="mlp.gate_up_proj"),
     ),
 }
 # The LoopUS authors' checkpoints: within a layer the family's own names, and these outside. wpe is our addition.
 # fmt: off
 LOOPED_MODULES = {
-    "wte": ["encoder.embed_tokens"], "wpe": ["encoder.embed_positions"],
-    "gate": ["reasoning.gate"], "gate.down": ["reasoning.gate.dt_input_proj"], "gate.up": ["reasoning.gate.delta_proj"],
-    "norm": ["decoder.norm"], "lm_head": ["decoder.lm_head"], "q_head.0": ["q_head.0"], "q_head.1": ["q_head.1"],
+    "wte": "encoder.embed_tokens", "wpe": "encoder.embed_positions",
+    "gate": "reasoning.gate", "gate.down": "reasoning.gate.dt_input_proj", "gate.up": "reasoning.gate.delta_proj",
+    "norm": "decoder.norm", "lm_head": "decoder.lm_head", "q_head.0": "q_head.0", "q_head.1": "q_head.1",
 }
 # fmt: on
 # What the authors' code reads at inference, for models that they have not written.
@@ -177,16 +177,15 @@ def read_config(path):
 def read_family(base):
     """The config of an unlooped model → (Family, fields of our Config, is its output projection tied). Raises
     InputError for what we cannot run."""
-    kind = base.get("model_type")
-    refuse(kind not in FAMILIES, f"model_type {kind!r} is not supported: expected {', '.join(FAMILIES)}")
-    family = FAMILIES[kind]
+    family = FAMILIES.get(base.get("model_type"))
+    refuse(not family, f"model_type {base.get('model_type')!r} is not supported: expected {', '.join(FAMILIES)}")
     rope = dict(base.get("rope_scaling") or base.get("rope_parameters") or {})  # the older spelling, the newer one
     rope.setdefault("rope_type", rope.pop("type", None))
     raw = {key: value for key, value in (base | rope).items() if value is not None}
     refuse("full_attention" in rope, "rotary positions that differ between layers are not supported")
     for key, choices in family.supported.items():
-        value = raw.setdefault(key, choices[0])
-        refuse(value not in choices, f"{key} {value!r} is not supported: expected one of {choices}")
+        raw.setdefault(key, choices[0])
+        refuse(raw[key] not in choices, f"{key} {raw[key]!r} is not supported: expected one of {choices}")
     values = family.constants | {"base": base}
     for name, key in family.keys.items():
         if name not in values and key in raw:
@@ -195,7 +194,7 @@ def read_family(base):
     values.setdefault("head_dim", values["n_embd"] // values["n_head"])
     values.setdefault("n_inner", 4 * values["n_embd"])
     refuse(values["n_head"] % values["n_kv_head"], "the heads are not a multiple of the key/value heads")
-    if raw["use_sliding_window"]:
+    if raw.get("use_sliding_window"):
         window = base.get("sliding_window", family.sliding_window) or values["block_size"]
         windowed = window < values["block_size"] or set(raw.get("layer_types", [])) - {"full_attention"}
         refuse(windowed, "a sliding window is not supported: expected attention to all earlier tokens")
@@ -287,7 +286,10 @@ def stored_names(model, family):
             j, module = place
             prefix = family.layer.format(stack=stack, j=j, i=first[stack] + int(j))
         if module in family.modules:
-            stored[name] = [f"{prefix}{stored_module}.{leaf}" for stored_module in family.modules[module]]
+            modules = family.modules[module]
+            if isinstance(modules, str):
+                modules = [modules]
+            stored[name] = [f"{prefix}{stored_module}.{leaf}" for stored_module in modules]
     return stored
 
 
@@ -462,7 +464,7 @@ def download(name, revision):
     commit = ref.read_text().strip() if ref.exists() else revision
     target = cache_dir() / f"{name}@{revision}".replace("/", "--")
     for directory in (model / "snapshots" / commit, target):
-        if (directory / "config.json").exists() and all(shard.exists() for shard in shards(directory)):
+        if all(map(Path.exists, [directory / "config.json", *shards(directory)])):
             return directory
     offline = os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE")
     refuse(offline, f"HF_HUB_OFFLINE is set, and {name} is not in the cache: unset it, or give a directory")
@@ -735,7 +737,7 @@ class Tokenizer:
         if "<0x00>" not in self.model.vocab and BYTE_OF.keys() >= set(token):
             return bytes(BYTE_OF[character] for character in token)
         if re.fullmatch("<0x[0-9A-F]{2}>", token):
-            return bytes([int(token[3:5], 16)])
+            return bytes.fromhex(token[3:5])
         return token.replace("▁", " ").encode()  # what sentencepiece writes for a space
 
     def decode(self, ids):
@@ -944,9 +946,9 @@ def map_tokens(path, tokenizer):
             refuse(wider, f"every other id is 0: expected {tokens.dtype}; write wider integers with numpy.save")
         is_list = tokens.ndim == 1 and tokens.dtype.kind in "iu"
         refuse(not is_list, f"it holds {tokens.dtype} of shape {list(tokens.shape)}: expected a list of integers")
-        fits = 0 <= tokens.min() and tokens.max() < tokenizer.n_vocab
         found = f"it holds ids from {tokens.min()} to {tokens.max()}, read as {tokens.dtype}"
-        refuse(not fits, f"{found}, and the tokenizer has {tokenizer.n_vocab}: is it of another model or type?")
+        other = tokens.min() < 0 or tokens.max() >= tokenizer.n_vocab
+        refuse(other, f"{found}, and the tokenizer has {tokenizer.n_vocab}: is it of another model or type?")
         return tokens
 
 
@@ -961,9 +963,8 @@ def load_tokens(files, tokenizer):
         parts = [map_tokens(file, tokenizer) for file in files]
         return parts[0] if len(parts) == 1 else np.concatenate(parts)
     stamp = [tokenizer.spec, tokenizer.begin, tokenizer.end_of_text, tokenizer.template]
-    stamp += [(str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
-    name = hashlib.sha256(repr(stamp).encode()).hexdigest()[:32]
-    path = cache_dir() / f"{name}.int32"
+    stamp += [(file.resolve(), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
+    path = cache_dir() / f"{hashlib.sha256(repr(stamp).encode()).hexdigest()}.int32"
     if not path.exists():
         tokenise(files, tokenizer, path)
     empty = path.stat().st_size == 0 or np.memmap(path, np.int32, "r").max() < 0
@@ -991,7 +992,7 @@ def find_files(data):
 def load_data(data, val, tokenizer):
     """→ (training, held-out tokens) of `data`, as `find_files` takes it or a list of files. Without `val` every 20th
     file is held out, or the last 20th of fewer files."""
-    files = [Path(file) for file in data] if isinstance(data, list) else find_files(data)
+    files = list(map(Path, data)) if isinstance(data, list) else find_files(data)
     if val:
         held_out = find_files(val)
     elif len(files) >= 20:
@@ -1051,8 +1052,8 @@ def sample_text(model, tokenizer):
         ids = tokenizer.encode(loopus.__doc__)
     else:
         ids = [i * 7919 for i in range(256)]
-    length = min(256, model.config.block_size)
-    return torch.tensor([ids[:length]], device=model.wte.weight.device) % model.config.vocab_size
+    ids = ids[: min(256, model.config.block_size)]
+    return torch.tensor([ids], device=model.wte.weight.device) % model.config.vocab_size
 
 
 @torch.no_grad()
@@ -1078,7 +1079,7 @@ def choose_cuts(distances):
     last = len(distances) - 1
     steep = torch.nonzero(distances >= 2 * distances.median()).flatten().tolist()
     borders = sorted([0, last, *steep])
-    widest = int(np.argmax(np.diff(borders)))
+    widest = np.argmax(np.diff(borders))
     return borders[widest] + 1, last + 1 - borders[widest + 1]
 
 
@@ -1087,9 +1088,9 @@ def cut(model, encoder, decoder):
     model.config = replace(model.config, encoder_layers=encoder, decoder_layers=decoder)
     layers = model.layers()
     end = len(layers) - decoder
-    model.encoder = torch.nn.ModuleList(layers[:encoder])
-    model.reasoning = torch.nn.ModuleList(layers[encoder:end])
-    model.decoder = torch.nn.ModuleList(layers[end:])
+    model.encoder = layers[:encoder]
+    model.reasoning = layers[encoder:end]
+    model.decoder = layers[end:]
 
 
 # ---- The command line, the same for all programs
@@ -1107,18 +1108,16 @@ def parse(settings, *positional, arguments=None):
     parser = ArgumentParser(description=settings.__doc__, allow_abbrev=False, argument_default=SUPPRESS)
     parser.error = partial(refuse, True)
     for setting in fields(settings):
-        options = {"help": f"{setting.metadata['help']} (default {setting.default!r})".replace("%", "%%")}
-        name = f"--{setting.name}"
+        kind, least, choices = setting.type, setting.metadata["least"], setting.metadata["choices"]
+        help = f"{setting.metadata['help']} (default {setting.default!r})".replace("%", "%%")
         if setting.name in positional:
-            name = setting.name
-            options["nargs"] = "?"
-        elif setting.type is bool:
-            options["action"] = BooleanOptionalAction
+            parser.add_argument(setting.name, help=help, nargs="?")
+        elif kind is bool:
+            parser.add_argument(f"--{setting.name}", help=help, action=BooleanOptionalAction)
         else:
-            options["type"] = partial(checked, setting.type, setting.metadata["least"])
-            options["choices"] = setting.metadata["choices"]
-            options["metavar"] = "|".join(options["choices"] or [setting.type.__name__.upper()])
-        parser.add_argument(name, **options)
+            metavar = "|".join(choices or [kind.__name__.upper()])
+            value = partial(checked, kind, least)
+            parser.add_argument(f"--{setting.name}", help=help, type=value, choices=choices, metavar=metavar)
     return vars(parser.parse_args(arguments))
 
 
@@ -1147,7 +1146,7 @@ def checked(kind, least, text):
 
 def run(main):
     """Call main(); what the user can mend, and Ctrl-C, end it with one line and a non-zero exit code."""
-    for stream in filter(None, (sys.stdout, sys.stderr)):
+    for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(errors="replace")  # for what the terminal's encoding lacks
     try:
         main()
