@@ -278,7 +278,7 @@ def stored_names(model, family):
     # the layer of the whole model that each stack begins with
     first = {"encoder": 0, "reasoning": config.encoder_layers, "decoder": config.n_layer - config.decoder_layers}
     stored = {}
-    for name, _ in model.named_parameters():
+    for name in model.state_dict():
         module, leaf = name.rsplit(".", 1)
         stack, *place = module.split(".")
         prefix = ""
@@ -308,9 +308,9 @@ def read_model(directory, family, config, tied, device, dtype):
     if tied and "lm_head.weight" not in tensors:
         stored["lm_head.weight"] = stored["wte.weight"]
     wanted = {bare(tensor_name) for names in stored.values() for tensor_name in names}
-    problems = [f"{name} is missing" for name in sorted(wanted - tensors.keys())]
-    problems += [f"{name} is unknown" for name in sorted(tensors.keys() - wanted)]
-    refuse(problems, f"the weights in {directory} disagree with its config.json: {', '.join(problems[:3])}")
+    for name in sorted(wanted ^ tensors.keys()):
+        found = "unknown" if name in tensors else "missing"
+        raise InputError(f"the weights in {directory} disagree with its config.json: {name} is {found}")
     state = {}
     for name, parameter in model.named_parameters():
         if name in stored:
@@ -856,8 +856,7 @@ def read_parquet(path):
     except ImportError:
         raise InputError('reading parquet needs pyarrow: pip install ".[parquet]"') from None
     with ParquetFile(path) as file:
-        columns = [name for name in file.schema_arrow.names if name in RECORD_KEYS]
-        for batch in file.iter_batches(columns=columns or None):
+        for batch in file.iter_batches(columns=RECORD_KEYS):  # those of them that it has
             yield from batch.to_pylist()
 
 
@@ -967,9 +966,10 @@ def load_tokens(files, tokenizer):
     path = cache_dir() / f"{hashlib.sha256(repr(stamp).encode()).hexdigest()}.int32"
     if not path.exists():
         tokenise(files, tokenizer, path)
-    empty = path.stat().st_size == 0 or np.memmap(path, np.int32, "r").max() < 0
-    refuse(empty, f'nothing is to be learned in {files[0]}: give "text", or what an "assistant" says')
-    return np.memmap(path, np.int32, "r")
+    with reading(files[0]):
+        tokens = np.memmap(path, np.int32, "r")
+        refuse(tokens.max() < 0, 'nothing is to be learned: give "text", or what an "assistant" says')
+        return tokens
 
 
 def find_files(data):
@@ -1023,8 +1023,8 @@ def windows(tokens, context, limit):
     wanted = max(1, min(count, limit // context))
     starts = np.linspace(0, count - 1, wanted).astype(int) * context
     inputs, targets = rows(tokens, starts, context)
-    found = f"in {targets.numel()} held-out tokens"
-    refuse(not (targets >= 0).any(), f"nothing is to be learned {found}: read more, or give --val")
+    nothing = f"nothing is to be learned in {targets.numel()} held-out tokens: read more, or give --val"
+    refuse(targets.max() < 0, nothing)
     return inputs, targets
 
 
@@ -1108,15 +1108,15 @@ def parse(settings, *positional, arguments=None):
     parser = ArgumentParser(description=settings.__doc__, allow_abbrev=False, argument_default=SUPPRESS)
     parser.error = partial(refuse, True)
     for setting in fields(settings):
-        kind, least, choices = setting.type, setting.metadata["least"], setting.metadata["choices"]
-        help = f"{setting.metadata['help']} (default {setting.default!r})".replace("%", "%%")
+        help, least, choices = setting.metadata.values()
+        help = f"{help} (default {setting.default!r})".replace("%", "%%")
         if setting.name in positional:
             parser.add_argument(setting.name, help=help, nargs="?")
-        elif kind is bool:
+        elif setting.type is bool:
             parser.add_argument(f"--{setting.name}", help=help, action=BooleanOptionalAction)
         else:
-            metavar = "|".join(choices or [kind.__name__.upper()])
-            value = partial(checked, kind, least)
+            metavar = "|".join(choices or [setting.type.__name__.upper()])
+            value = partial(checked, setting.type, least)
             parser.add_argument(f"--{setting.name}", help=help, type=value, choices=choices, metavar=metavar)
     return vars(parser.parse_args(arguments))
 
