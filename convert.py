@@ -218,8 +218,7 @@ def rotary_angles(raw, head_dim):
     angle = theta ** -(torch.arange(0, head_dim, 2).float() / head_dim)
     if raw["rope_type"] == "llama3":
         low, high = raw["low_freq_factor"], raw["high_freq_factor"]
-        original = raw.get("original_max_position_embeddings", raw["max_position_embeddings"])
-        turns = original * angle / (2 * torch.pi)  # within the original context
+        turns = raw["original_max_position_embeddings"] * angle / (2 * torch.pi)
         kept = ((turns - low) / (high - low)).clamp(0, 1)
         angle = angle * (kept + (1 - kept) / raw["factor"])
     wrong = head_dim % 2 or not angle.isfinite().all()
@@ -387,11 +386,11 @@ def all_or_nothing(out_dir):
     try:
         unfinished.mkdir(parents=True)
         yield unfinished
-        if not target.exists():
+        if target.exists():
+            for file in unfinished.iterdir():
+                file.replace(target / file.name)
+        else:
             unfinished.rename(target)
-            return
-        for file in unfinished.iterdir():
-            file.replace(target / file.name)
     except (OSError, SafetensorError, RuntimeError) as e:
         raise InputError(f"cannot write {out_dir}: {e}") from None
     finally:
@@ -472,9 +471,9 @@ def download(name, revision):
     url = f"{endpoint.rstrip('/')}/{name}/resolve/{quote(commit, safe='')}/"
     with all_or_nothing(target) as unfinished:
         for file in ("config.json", INDEX, *TOKENIZER_FILES):
-            fetch(url + file, unfinished / file)
+            fetch(url, unfinished / file)
         for shard in shards(unfinished):
-            fetch(url + shard.name, shard)
+            fetch(url, shard)
     return target
 
 
@@ -489,13 +488,14 @@ class SameHost(HTTPRedirectHandler):
 
 
 def fetch(url, target):
-    """Download a file; all but config.json and weights may be absent from the hub. Raises InputError."""
-    request = Request(url)
+    """Download the file of target's name from below url; all but config.json and weights may be absent there. Raises
+    InputError."""
+    request = Request(url + target.name)
     login = hub_path("HF_TOKEN_PATH", "token")  # where the hub's own tools put it
     token = os.environ.get("HF_TOKEN") or (login.read_text() if login.is_file() else "")
     if token.strip():
         request.add_header("Authorization", f"Bearer {token.strip()}")
-    with reading(f"cannot fetch {url}"):
+    with reading(f"cannot fetch {request.full_url}"):
         try:
             with build_opener(SameHost).open(request, timeout=30) as answer, open(target, "wb") as out:
                 size = int(answer.headers["Content-Length"] or 0)
@@ -545,7 +545,7 @@ def known_split(spec):
     odd += [normalizers not in ([], ["NFC"]), level.get("type") != "ByteLevel", level.get("add_prefix_space", True)]
     for token in spec["added_tokens"]:
         odd += [token["single_word"], token["lstrip"], token["rstrip"], token["normalized"] and normalizers]
-        odd.append(BORDER.search("." + token["content"]))
+        odd += [BORDER.search("." + token["content"])]
     if not any(odd):
         match before, level.get("use_regex", True):
             case [], True:
@@ -580,15 +580,18 @@ class ByteLevel:
     def __init__(self, spec, added):
         model = spec["model"]
         self.pattern = known_split(spec)
-        pairs = [tuple(pair.split(" ") if isinstance(pair, str) else pair) for pair in model["merges"]]
-        rank_of = {pair: rank for rank, pair in enumerate(pairs)}
+        rank_of = {}
+        for rank, pair in enumerate(model["merges"]):
+            if isinstance(pair, str):
+                pair = pair.split(" ")
+            rank_of[tuple(pair)] = rank
         order = dict.fromkeys(BYTE_OF, -1)
         for token in model["vocab"]:
             rank, parts = merge(token, rank_of)
             if parts == 1:
                 order[token] = rank
             elif model.get("ignore_merges"):
-                order[token] = len(pairs)
+                order[token] = math.inf
                 if parts == 2:
                     raise LookupError(token)
         tokens = sorted(order, key=order.get)
@@ -613,7 +616,7 @@ class ByteLevel:
     def encode_words(self, text):
         if self.composes:
             text = unicodedata.normalize("NFC", text)
-        too_long = len(text) > 500_000 and re.search(r"\s{500000}", text)
+        too_long = re.search(r"\s{500000}", text)
         refuse(too_long, "a text has 500,000 white characters in a row, more than tiktoken can take")
         ids = [self.ids[n] for n in self.encoding.encode_ordinary(text)]
         if None in ids:  # such bytes are left out, and what is around them merges
@@ -774,8 +777,8 @@ def load_tokenizer(src, vocab_size=math.inf):
         files = [directory / name for name in TOKENIZER_FILES]
         files = {file.name: file.read_bytes() for file in files if file.exists()}
         tokenizer = Tokenizer(spec | {"added_tokens": known}, configs, files)
-        sizes = f"{tokenizer.n_vocab} tokens, and the model {vocab_size}"
-        refuse(tokenizer.n_vocab > vocab_size, f"it has {sizes}: is it another model's?")
+        too_many = tokenizer.n_vocab > vocab_size
+        refuse(too_many, f"it has {tokenizer.n_vocab} tokens, and the model {vocab_size}: is it another model's?")
         return tokenizer
 
 
