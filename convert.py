@@ -616,7 +616,7 @@ class ByteLevel:
     def encode_words(self, text):
         if self.composes:
             text = unicodedata.normalize("NFC", text)
-        too_long = re.search(r"\s{500000}", text)
+        too_long = re.search(r"(?<!\s)\s{500000}", text)
         refuse(too_long, "a text has 500,000 white characters in a row, more than tiktoken can take")
         ids = [self.ids[n] for n in self.encoding.encode_ordinary(text)]
         if None in ids:  # such bytes are left out, and what is around them merges
