@@ -923,7 +923,7 @@ def tokenise(files, tokenizer, path):
     """Write the ids of all files to `path` as int32, on all cores."""
     documents = read_documents(files, tokenizer)
     batches = iter(lambda: list(islice(documents, 64)), [])
-    end = [] if tokenizer.end_of_text is None else [tokenizer.end_of_text]
+    end = {tokenizer.end_of_text} - {None}
     encode = partial(encode_document, tokenizer=tokenizer, begin=tokenizer.begin, end=end)
     pool = ThreadPoolExecutor()  # nobody waits for what its threads still do when an exception ends this
     with all_or_nothing(path.parent) as unfinished, open(unfinished / path.name, "wb") as out:
