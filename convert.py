@@ -311,7 +311,7 @@ def read_model(directory, family, config, tied, device, dtype):
         found = "unknown" if name in tensors else "missing"
         raise InputError(f"the weights in {directory} disagree with its config.json: {name} is {found}")
     state = {}
-    for name, parameter in model.named_parameters():
+    for name, parameter in progress(model.named_parameters(), "loading", sum(1 for _ in model.parameters())):
         if name in stored:
             with reading(f"{stored[name]} in {directory}"):
                 parts = [turned(tensor_name, tensors[bare(tensor_name)][:]) for tensor_name in stored[name]]

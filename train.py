@@ -460,10 +460,8 @@ def conclude(run, s, held_out):
     records = [record for record in convert.read_records(Path(s.out, "log.jsonl")) if "held_out" in record]
     print("\nheld-out loss at passes (0: unlooped)" + "".join(f"{depth:>9}" for depth in losses))
     for record in (records[0], records[-1]):
-        print(
-            f"nats per token after step {record['step']:>11}"
-            + "".join(f"{x!s:>9.6}" for x in record["held_out"].values())
-        )
+        row = "".join(f"{x!s:>9.6}" for x in record["held_out"].values())
+        print(f"nats per token after step {record['step']:>11}{row}")
     print(f"{summary(losses, exit)}; exit is at a confidence of {threshold}\n", flush=True)
 
 
@@ -510,8 +508,8 @@ def take_all_steps(run, s, tokens, held_out):
             if run.step % s.eval_every == 0 or run.step == s.steps:
                 save_checkpoint(run, s)
             run.busy = False
-        if summed(torch.tensor(run.signals)) > 0:
-            raise KeyboardInterrupt
+            if summed(torch.tensor(run.signals)) > 0:
+                raise KeyboardInterrupt
         conclude(run, s, held_out)
     except KeyboardInterrupt:
         run.busy = True
