@@ -181,7 +181,7 @@ def read_family(base):
     refuse(not family, f"model_type {base.get('model_type')!r} is not supported: expected {', '.join(FAMILIES)}")
     rope = dict(base.get("rope_scaling") or base.get("rope_parameters") or {})  # the older spelling, the newer one
     rope.setdefault("rope_type", rope.pop("type", None))
-    raw = {key: value for key, value in (base | rope).items() if value is not None}
+    raw = {key: value for key, value in [*base.items(), *rope.items()] if value is not None}
     refuse("full_attention" in rope, "rotary positions that differ between layers are not supported")
     for key, choices in family.supported.items():
         raw.setdefault(key, choices[0])
@@ -301,7 +301,7 @@ def read_model(directory, family, config, tied, device, dtype):
     """The model of `config` with the weights of a directory. Raises InputError where these disagree with it."""
     tensors = read_tensors(directory)
     refuse(config.n_layer > len(tensors), f"{directory / 'config.json'} has more layers than the weights have tensors")
-    with torch.device("meta"):
+    with reading(directory / "config.json"), torch.device("meta"):
         model = LoopUS(config)
     stored = stored_names(model, family)
     if tied and "lm_head.weight" not in tensors:
@@ -848,7 +848,12 @@ def read_records(path):
         with open(path, encoding="utf-8-sig") as lines:
             is_list = lines.read(64).lstrip().startswith("[")
             lines.seek(0)
-            yield from json.load(lines) if is_list else map(json.loads, filter(str.strip, lines))
+            for number, line in enumerate([] if is_list else lines, start=1):
+                with reading(f"line {number}"):
+                    if line.strip():
+                        yield json.loads(line)
+            if is_list:
+                yield from json.load(lines)
     else:
         yield {"text": path.read_text(encoding="utf-8-sig")}
 
@@ -859,7 +864,8 @@ def read_parquet(path):
     except ImportError:
         raise InputError('reading parquet needs pyarrow: pip install ".[parquet]"') from None
     with ParquetFile(path) as file:
-        for batch in file.iter_batches(columns=RECORD_KEYS):  # those of them that it has
+        columns = [name for name in file.schema_arrow.names if name in RECORD_KEYS]
+        for batch in file.iter_batches(columns=columns or None):
             yield from batch.to_pylist()
 
 
@@ -925,7 +931,7 @@ def tokenise(files, tokenizer, path):
     batches = iter(lambda: list(islice(documents, 64)), [])
     end = {tokenizer.end_of_text} - {None}
     encode = partial(encode_document, tokenizer=tokenizer, begin=tokenizer.begin, end=end)
-    pool = ThreadPoolExecutor()  # nobody waits for what its threads still do when an exception ends this
+    pool = ThreadPoolExecutor()
     with all_or_nothing(path.parent) as unfinished, open(unfinished / path.name, "wb") as out:
         for batch in progress(batches, "tokenising", sum(file.stat().st_size for file in files), characters):
             for ids in pool.map(encode, batch):
@@ -969,24 +975,23 @@ def load_tokens(files, tokenizer):
     path = cache_dir() / f"{hashlib.sha256(repr(stamp).encode()).hexdigest()}.int32"
     if not path.exists():
         tokenise(files, tokenizer, path)
-    with reading(files[0]):
-        tokens = np.memmap(path, np.int32, "r")
-        refuse(tokens.max() < 0, 'nothing is to be learned: give "text", or what an "assistant" says')
-        return tokens
+    empty = path.stat().st_size == 0 or np.memmap(path, np.int32, "r").max() < 0
+    refuse(empty, f'nothing is to be learned in {files[0]}: give "text", or what an "assistant" says')
+    return np.memmap(path, np.int32, "r")
 
 
 def find_files(data):
     """A file, a directory (all its files), a glob, or else "python": the source of its standard library → sorted paths.
     Hidden files and files of zero bytes are left out. Raises InputError where nothing remains."""
     path = expand(data)
-    pattern = str(path)
-    if path.exists():
-        pattern = glob.escape(pattern)
-    elif data == "python":
-        pattern = f"{Path(os.__file__).parent}/*.py"
     if path.is_dir():
-        pattern += "/**"
-    paths = map(Path, glob.glob(pattern, recursive=True))
+        paths = [p for p in path.rglob("*") if "/." not in f"/{p.relative_to(path).as_posix()}"]
+    elif path.exists():
+        paths = [path]
+    elif data == "python":
+        paths = Path(os.__file__).parent.glob("*.py")
+    else:
+        paths = map(Path, glob.glob(str(path), recursive=True))
     files = sorted(path for path in paths if path.is_file() and path.stat().st_size > 0)
     refuse(not files, f"{data}: no file with text in it is there; expected a file, a directory, a glob")
     return files
@@ -1109,7 +1114,7 @@ def one_line(message):
 def parse(settings, *positional, arguments=None):
     """The command line, or these arguments, as {field: value} of the dataclass `settings`, given ones only."""
     parser = ArgumentParser(description=settings.__doc__, allow_abbrev=False, argument_default=SUPPRESS)
-    parser.error = partial(refuse, True)
+    parser.error = lambda message: refuse(True, f"{message}; --help lists all flags")
     for setting in fields(settings):
         help, least, choices = setting.metadata.values()
         help = f"{help} (default {setting.default!r})".replace("%", "%%")
@@ -1143,13 +1148,13 @@ def checked(kind, least, text):
     except ValueError:
         raise ArgumentTypeError(f"{text!r}: expected {kind.__name__}") from None
     if least is not None and not least <= value < 1 << 31:
-        raise ArgumentTypeError(f"{text}: expected at least {least}")
+        raise ArgumentTypeError(f"{text}: expected at least {least}, and less than 2^31")
     return value
 
 
 def run(main):
     """Call main(); what the user can mend, and Ctrl-C, end it with one line and a non-zero exit code."""
-    for stream in (sys.stdout, sys.stderr):
+    for stream in filter(None, (sys.stdout, sys.stderr)):
         stream.reconfigure(errors="replace")  # for what the terminal's encoding lacks
     try:
         main()
@@ -1196,6 +1201,8 @@ def progress(items, what, total, size=lambda item: 1):
         if sys.stderr.isatty() and done > 0:
             left = (time.time() - begun) * max(0, total / done - 1) / 60
             print(f"\r\x1b[K{what}: {done / max(total, done):.0%}, {left:.1f} minutes left\r", end="", file=sys.stderr)
+    if sys.stderr.isatty():
+        print("\r\x1b[K", end="", file=sys.stderr)
 
 
 @dataclass

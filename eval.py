@@ -11,7 +11,7 @@ import math
 import sys
 from collections import defaultdict
 from contextlib import redirect_stdout
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import numpy as np
@@ -174,14 +174,17 @@ def print_accuracy(rows):
 def held_out(directory, tokenizer, block_size, data=""):
     """→ the ids of `data` or, without it, of what the training of a checkpoint held out, by the files that it had; and
     the documents of `read_answers` in them."""
-    files = val = data
+    val = data
     if not data:
         path = directory / "settings.json"
         with convert.reading(path):
             trained = convert.read_json(path)
             refuse("files" not in trained, "it does not say what text the model was trained on: give --data")
             files, val = trained["files"], trained["val"]
-    _, tokens = convert.load_data(files, val, tokenizer)
+    if val:
+        tokens = convert.load_tokens(convert.find_files(val), tokenizer)
+    else:
+        _, tokens = convert.load_data(files, val, tokenizer)
     path = convert.expand(val)
     documents = []
     if path.suffix.lower() in (".json", ".jsonl") and path.is_file():
@@ -215,7 +218,8 @@ def measure_losses(s):
     measured = [(depth, depth, loss) for depth, loss in losses.items()]
     measured.append(("exit", exit["mean_passes"], exit["loss"]))
     for name in controls:
-        control, _ = s.load(name)
+        control, other = s.load(name)
+        refuse(other.spec != tokenizer.spec, f"{name} has another tokenizer: its losses cannot be compared")
         unlooped = depth_losses(control, sequences, [0], s.batch)
         measured.append(("control", 0, unlooped[0]))
     factor = bits_per_nat(sequences, tokenizer)
@@ -347,8 +351,9 @@ def measure_tables(s):
     manager = harness.tasks.TaskManager(include_path=s.include_path)
     report = {}
     for init in s.init.split(","):
-        model, tokenizer = s.load(init)
-        for column in columns_of(model, s):
+        own = replace(s)  # with this model's threshold
+        model, tokenizer = own.load(init)
+        for column in columns_of(model, own):
             scorer = harness_model(harness, model, tokenizer, column, s.batch)
             with convert.reading(f"--tasks={s.tasks}"), redirect_stdout(sys.stderr):
                 results = harness.simple_evaluate(

@@ -9,6 +9,8 @@ Let a looped model write. Each token takes the passes it needs; a terminal shows
 
 import codecs
 import copy
+import os
+import shutil
 import sys
 import time
 from contextlib import suppress
@@ -21,7 +23,7 @@ import convert
 import loopus
 from convert import flag, refuse
 from eval import accuracy_by_kind, held_out
-from loopus import Block, Halt, Positions, early_exit
+from loopus import Block, Halt, InputError, Positions, early_exit
 
 TINTS = (75, 79, 114, 150, 186, 215, 209, 203)  # terminal colours from cool, few passes, to warm, many
 
@@ -30,7 +32,7 @@ TINTS = (75, 79, 114, 150, 186, 215, 209, 203)  # terminal colours from cool, fe
 class Settings(convert.Inference):
     """Continue a prompt with a looped model."""
 
-    prompt: str = flag("", "text to continue; empty: asked for, or read from a pipe")
+    prompt: str = flag("", "text to continue; empty: what training held out, then asked for, or read from a pipe")
     max_new_tokens: int = flag(200, "tokens to write, unless the text ends before", 1)
     temperature: float = flag(0.8, "0: always the likeliest token", 0)
     top_k: int = flag(50, "draw among this many likeliest tokens", 1)
@@ -139,7 +141,12 @@ def chat(model, tokenizer, s):
     """Answer what is said, in one conversation."""
     conversation = Conversation(model, tokenizer, s)
     for question in inputs(s):
-        conversation.ask(question.strip())
+        try:
+            conversation.ask(question.strip())
+        except InputError as e:
+            refuse(not sys.stdin.isatty(), e)
+            print(f"error: {e}", file=sys.stderr)
+            continue
         show(conversation.reply(), tokenizer, s)
 
 
@@ -287,14 +294,15 @@ def made_fast(model, s, dtype):
     compiling = s.compile
     if compiling is None:
         work = s.max_new_tokens * max(1, s.max_loops) * sum(p.numel() for p in model.reasoning.parameters())
-        compiling = device.type == "cpu" and work > MUCH_TO_READ
+        compiler = os.environ.get("CXX") or {"darwin": "clang++", "win32": "cl"}.get(sys.platform, "g++")
+        compiling = device.type == "cpu" and work > MUCH_TO_READ and shutil.which(compiler) is not None
     if compiling:
         print("compiling, which takes some seconds (--no-compile leaves it out)", file=sys.stderr)
         compiled = copy.deepcopy(model, {id(p): p for p in model.parameters()})
-        compile_step(compiled)
         idx = torch.zeros(1, 1, dtype=torch.long, device=device)
         size = min(13, model.config.block_size)  # the size of no layer: torch would fix it as that
         try:
+            compile_step(compiled)
             compiled.advance(idx, [0], compiled.new_cache(1, size, 1), 1, Halt())
             return compiled
         except Exception as e:  # of many types: of torch, of the compiler, of the disk
@@ -365,9 +373,12 @@ def main():
         model = made_fast(model, s, dtype)
     if s.chat:
         return chat(model, tokenizer, s)
-    trained = (directory / "settings.json").exists() and s.max_loops > 0
+    trained = (directory / "settings.json").exists() and s.max_loops > 0 and not s.trace
     if trained and not s.prompt and sys.stdin.isatty():
-        show_held_out(model, tokenizer, directory, s)
+        try:
+            show_held_out(model, tokenizer, directory, s)
+        except (InputError, OSError) as e:  # it may lie elsewhere by now
+            print(f"no held-out text to show: {e}", file=sys.stderr)
     for prompt in inputs(s):
         if trained and not prompt:
             show_held_out(model, tokenizer, directory, s)

@@ -16,7 +16,7 @@ import signal
 import sys
 import time
 import warnings
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from datetime import timedelta
 from functools import lru_cache, partial
@@ -449,7 +449,7 @@ def conclude(run, s, held_out):
     best = min(loss for depth, loss in losses.items() if depth > 0)
     for threshold in (*THRESHOLDS, NEVER.threshold):
         exit = exit_stats(run.fast, held_out, s.max_loops, Halt(threshold=threshold), s.batch)
-        if exit["loss"] <= 1.01 * best:
+        if summed(torch.tensor(int(exit["loss"] <= 1.01 * best))) > 0:  # all processes alike
             break
     run.model.config.q_threshold = threshold
     if rank() > 0:
@@ -457,10 +457,12 @@ def conclude(run, s, held_out):
     _, config = convert.config_to_write(run.model.config, "authors", torch.float32)
     with convert.all_or_nothing(last_checkpoint(s)) as unfinished:
         (unfinished / "config.json").write_text(json.dumps(config, indent=2), encoding="utf-8")
-    records = [record for record in convert.read_records(Path(s.out, "log.jsonl")) if "held_out" in record]
-    print("\nheld-out loss at passes (0: unlooped)" + "".join(f"{depth:>9}" for depth in losses))
-    for record in (records[0], records[-1]):
-        row = "".join(f"{x!s:>9.6}" for x in record["held_out"].values())
+    path = Path(s.out, "log.jsonl")
+    with convert.reading(path):
+        records = [record for record in convert.read_records(path) if "held_out" in record]
+    print("\nheld-out loss at passes (0: unlooped)" + "".join(f"{depth:>11}" for depth in losses))
+    for record in [record for record in records if record["step"] == 0][-1:] + records[-1:]:
+        row = "".join(f"{record['held_out'].get(str(depth))!s:>11}" for depth in losses)
         print(f"nats per token after step {record['step']:>11}{row}")
     print(f"{summary(losses, exit)}; exit is at a confidence of {threshold}\n", flush=True)
 
@@ -474,7 +476,8 @@ def train(s):
         with first_process_first():
             tokens, held_out = convert.load_data(run.files, s.val, run.tokenizer)
         targets = tokens[1 : (len(tokens) - 1) // s.context * s.context + 1]
-        refuse(targets.max(initial=-1) < 0, f"--data: nothing is to be learned in contexts of {s.context} tokens")
+        empty = len(targets) == 0 or targets.max() < 0
+        refuse(empty, f"--data: nothing is to be learned in whole contexts of {s.context} tokens: give more")
         held_out = convert.windows(held_out, s.context, s.eval_tokens)
         c = run.model.config
         print(f"{s.objective}: {c.encoder_layers} + {c.reasoning_layers} + {c.decoder_layers} layers,", end=" ")
@@ -491,7 +494,8 @@ def take_all_steps(run, s, tokens, held_out):
         if not run.busy:
             raise KeyboardInterrupt
         run.signals += 1
-        os.write(2, b"\nstopping after this micro-batch, or when all is saved\n")
+        with suppress(OSError):  # where nobody reads it any more
+            os.write(2, b"\nstopping after this micro-batch or step; what is done is saved\n")
 
     signal.signal(signal.SIGINT, note)
     signal.signal(signal.SIGTERM, note)
@@ -511,13 +515,14 @@ def take_all_steps(run, s, tokens, held_out):
             if summed(torch.tensor(run.signals)) > 0:
                 raise KeyboardInterrupt
         conclude(run, s, held_out)
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, BrokenPipeError):
         run.busy = True
         going_on = "nothing is saved yet"
         if run.step > 0:
             save_checkpoint(run, s)
             going_on = f"--resume --out={s.out} goes on"
-        print(f"stopped by a signal after step {run.step}; {going_on}", file=sys.stderr, flush=True)
+        with suppress(OSError):
+            print(f"stopped by a signal after step {run.step}; {going_on}", file=sys.stderr, flush=True)
         os._exit(1)
     finally:
         run.busy = False
@@ -705,7 +710,7 @@ def main():
     directory = train(s)
     if s.objective == "loop":
         print("Whether passes pay, a control tells: these flags with --objective=lm and another --out. Go on with:")
-        print(f"python sample.py --init={directory}\npython eval.py --init={directory}")
+        print(f"python sample.py --init={directory}\npython eval.py --init={directory}", flush=True)
     if launched:
         os._exit(0)  # all is written; taking down the threads of torch.distributed sometimes ends in an abort
 

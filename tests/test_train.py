@@ -203,6 +203,13 @@ def test_a_run_ends_in_a_threshold_that_suits_the_model_and_other_programs_take_
     assert convert.load("again")[0].config.q_threshold == model.config.q_threshold
 
 
+def test_ids_in_a_bin_file_are_trained_on():
+    tokens = convert.load_tokens([Path("text.txt")], convert.byte_tokenizer())
+    tokens.astype(np.uint16).tofile("ids.bin")
+    ends = [train.train(small(out, data=data, steps=1)) for out, data in (("bin", "ids.bin"), ("text", "text.txt"))]
+    torch.testing.assert_close(*map(state, ends), **EXACTLY)
+
+
 # ---- A run that goes on
 @pytest.mark.parametrize("objective", ["loop", "lm"])
 def test_a_resumed_run_is_bit_for_bit_the_run_that_was_never_interrupted(objective):
