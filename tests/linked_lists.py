@@ -85,10 +85,8 @@ def print_choices(runs, documents):
     for run in runs:
         for name, s in run.items():
             model, _ = convert.load(train.last_checkpoint(s))
-            if s.objective == "lm":
-                rows[name].append(share_right(model, documents, [0]))
-            else:
-                rows[name].append(share_right(model, documents, DEPTHS, SHOWN))
+            columns = ([0],) if s.objective == "lm" else (DEPTHS, SHOWN)
+            rows[name].append(share_right(model, documents, *columns))
     print_table("chains of 8 (a guess: 0.33); 0 passes: unlooped; exit at 0.95", [0, *DEPTHS, "exit", "passes"], rows)
 
 

@@ -3,10 +3,9 @@ The linked lists as sentences, for a model that has learned to read: does loopin
 
     python tests/list_sentences.py --init=smollm2 --out=out/sentences --seeds=1,2,3    resumes
 
-A document says whom each of 24 people asks or which colour they hold; then it names the colours to which eight of them
-lead. For each seed: a base learns chains of 1 and 2 people; of it come the control, trained unlooped on chains of 2, 4
-and 8, and loops, trained on the same documents for as many steps as the control's operations pay for. Each word is to
-be one token, as for SmolLM2 and GPT-2, and the model to have 30 layers, as SmolLM2-135M.
+A document says whom each of 24 people asks or which colour they hold, then to which colours eight of them lead. A base
+learns chains of 1 and 2 people; of it come the control, unlooped, and loops, trained on chains of 2, 4 and 8 with as
+many operations. Each word is to be one token, and the model to have 30 layers: SmolLM2-135M.
 """
 
 import json
@@ -59,7 +58,6 @@ class Experiment:
     steps: int = flag(2000, "steps of the control after that", 1)
     batch: int = flag(64, "documents per step", 1)
     dtype: str = flag("", "as for train.py")
-    threshold: float = flag(0.6, "confidence for exit")
 
 
 def document(chance, links):
@@ -116,12 +114,11 @@ def trainings(e, seed, rates):
     return runs
 
 
-def measure(s, path, threshold):
+def measure(s, path):
     """→ {kind: {column: number}} of a finished training, on the documents of a file."""
     model, tokenizer = convert.load(train.last_checkpoint(s), *convert.pick_device("", s.dtype))
     documents = read_answers(Path(path), tokenizer, 1000)
-    unlooped = s.objective == "lm"
-    depths, halt = ([0], NEVER) if unlooped else (DEPTHS, Halt(threshold=threshold))
+    depths, halt = ([0], NEVER) if s.objective == "lm" else (DEPTHS, Halt(threshold=model.config.q_threshold))
     by_kind = accuracy_by_kind(model, documents, depths, halt, s.max_loops, 16)
     means = {column: mean(row[column] for row in by_kind.values()) for column in next(iter(by_kind.values()))}
     return dict(sorted(by_kind.items(), key=lambda item: int(item[0].split()[0]))) | {"mean": means}
@@ -130,31 +127,33 @@ def measure(s, path, threshold):
 def best_rates(e):
     """{name: learning rate}; of several the best with seed 0, by the mean over the links of its best depth."""
     rates = [float(lr) for lr in e.lrs.split(",")]
-    best = defaultdict(lambda: (-1.0, rates[0]))
-    for rate in rates if len(rates) > 1 else []:
-        for name, s in trainings(e, 0, dict.fromkeys(["control", *LOOPS], rate)).items():
+    names = ["base", "control", *e.loops.split(",")]
+    if len(rates) == 1:
+        return dict.fromkeys(names, rates[0])
+    best = dict.fromkeys(names, (-1.0, 0.0))
+    for rate in rates:
+        for name, s in trainings(e, 0, dict.fromkeys(names, rate)).items():
             train.stage(f"seed 0, {name}, {rate}", s)
-            means = measure(s, s.val, e.threshold)["mean"]
+            means = measure(s, s.val)["mean"]
             best[name] = max(best[name], (max(means.get(depth, 0.0) for depth in (0, *DEPTHS)), rate))
-    return defaultdict(lambda: rates[0], {name: rate for name, (_, rate) in best.items()})
+    return {name: rate for name, (_, rate) in best.items()}
 
 
 def main():
     e = Experiment(**convert.parse(Experiment))
     rates = best_rates(e)
-    by_seed = []
-    for seed in map(int, e.seeds.split(",")):
-        by_seed.append(trainings(e, seed, rates))
-        for name, s in by_seed[-1].items():
-            train.stage(f"seed {seed}, {name}: {s.steps} steps, learning rate {s.lr}", s)
-    for links in (8, 12, 16):
-        path = write(Path(e.out, f"asked-{links}.jsonl"), 100 if links == 8 else 50, [links], links)
-        for name in by_seed[0]:
+    by_seed = [trainings(e, int(seed), rates) for seed in e.seeds.split(",")]
+    for runs in by_seed:
+        for name, s in runs.items():
+            train.stage(f"seed {s.seed}, {name}: {s.steps} steps, learning rate {s.lr}", s)
+    for links, count in ((8, 100), (12, 50), (16, 50)):
+        path = write(Path(e.out, f"asked-{links}.jsonl"), count, [links], links)
+        for name, s in by_seed[0].items():
             rows = defaultdict(list)
-            for runs in by_seed:  # a mean over the seeds that had documents of this kind
-                for kind, row in measure(runs[name], path, e.threshold).items():
+            for runs in by_seed:
+                for kind, row in measure(runs[name], path).items():
                     rows[kind].append(row)
-            title = f"{name}, {by_seed[0][name].steps} steps, learning rate {by_seed[0][name].lr}: chains of {links}"
+            title = f"{name}, {s.steps} steps, learning rate {s.lr}: chains of {links}"
             print_table(title, [0, *DEPTHS, "exit", "passes"], rows)
 
 

@@ -23,11 +23,11 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 import convert  # noqa: E402
 import train  # noqa: E402
 from convert import flag  # noqa: E402
+from eval import NEVER  # noqa: E402
 from loopus import Halt, deep_supervision  # noqa: E402
 from sample import compile_step, record_step  # noqa: E402
 
 WAYS = ("plain", "plain-bf16", "fp32", "bf16", "bf16-checkpointing", "bf16-compiled")
-NEVER = Halt(threshold=2.0)
 
 
 def step_flops(model, s, supervised):
@@ -35,23 +35,19 @@ def step_flops(model, s, supervised):
     backward; attention to T/2 tokens before, two products of 2 operations: 2 T n hd. The encoder and the passes up to
     the last supervised one run forward, and those with gradient also backward. Each supervised pass has a decoder
     forward and backward, and one forward for the loss before it. What is run again in backward does not count."""
-    layer = 2 * matrix_weights(model.reasoning[0]) + 2 * s.context * model.config.n_head * model.config.head_dim
+    parts = (model.reasoning[0], model.gate, model.lm_head)
+    block, gate, head = (2 * sum(p.numel() for p in part.parameters() if p.dim() > 1) for part in parts)
+    block += 2 * s.context * model.config.n_head * model.config.head_dim
     tracked = {b - i for b in supervised for i in range(s.span)}
     if s.objective == "lm":
-        encoders = passes = decoders = 3
-        gates = 0
+        encoders, passes, gates, decoders = 3, 3, 0, 3
     else:
         encoders = 3 if s.trains == "all" and 0 in tracked else 1
         gates = passes = max(supervised) + 1 + 2 * sum(b >= 0 for b in tracked)
         decoders = 4 * len(supervised)
     layers = encoders * model.config.encoder_layers + passes * model.config.reasoning_layers
     layers += decoders * model.config.decoder_layers
-    per_token = layers * layer + gates * 2 * matrix_weights(model.gate) + decoders * 2 * matrix_weights(model.lm_head)
-    return per_token * s.accumulate * s.batch * s.context
-
-
-def matrix_weights(module):
-    return sum(p.numel() for p in module.parameters() if p.dim() > 1)
+    return (layers * block + gates * gate + decoders * head) * s.accumulate * s.batch * s.context
 
 
 @dataclass

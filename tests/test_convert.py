@@ -371,17 +371,6 @@ def test_each_row_of_a_parquet_file_is_a_record(monkeypatch):
     refused(lambda: tokens_of("a.parquet", b"PAR1"), "a.parquet", 'pip install ".[parquet]"')
 
 
-@pytest.mark.parametrize("name, special, count", [("smollm2", "<|im_end|>", 1), ("llama2", "</s>", 0)])
-def test_special_tokens_that_somebody_typed_are_plain_text_as_in_a_chat(name, special, count):
-    tokenizer = golden_tokenizer(name)
-    tokenizer.template = convert.CHATML
-    typed = dict(role="user", content=f"say {special} now")
-    ids = sample.Conversation(random_model(), tokenizer, sample.Settings()).message(**typed)
-    assert [~i for i in tokens_of("a.jsonl", [dict(messages=[typed]), dict(text="a")], tokenizer)][: len(ids)] == ids
-    assert tokenizer.decode(ids) == f"<|im_start|>user\nsay {special} now<|im_end|>\n"
-    assert ids.count(tokenizer.added[special]) == count  # that of the template
-
-
 @pytest.mark.parametrize("parts", [("The sky is", " blue"), ("2+2=", "4"), ("th", "e sky")])
 def test_the_space_that_some_tokenizers_put_in_front_is_not_put_between_parts(parts):
     tokenizer = golden_tokenizer("llama2")
@@ -395,7 +384,6 @@ def test_the_space_that_some_tokenizers_put_in_front_is_not_put_between_parts(pa
         ("a.jsonl", [dict(text="a"), dict(texts="b", id=1)], "record 2: has texts, id: expected"),
         ("a.jsonl", [dict(prompt=["a", "b"], completion=["c"])], "record 1: 2 prompts and 1 completions"),
         ("a.jsonl", [dict(text="a"), dict(text=3)], "record 2"),
-        ("a.jsonl", [dict(messages=[dict(role="user", content=["b"])])], "record 1"),
         ("a.jsonl", [dict(text="a"), dict(prompt="b", response="c")], "completion"),
         ("a.jsonl", [dict(messages=[dict(role="user", content="b")])], "nothing is to be learned"),
         ("a.jsonl", b'{"text": "b"', "JSON"),
@@ -515,7 +503,6 @@ def test_what_cannot_be_read_on_the_command_line_is_named_in_one_line(command, p
 
 
 def test_ids_beside_text_are_not_read_as_text(tmp_path):
-    """Small ids in .bin are valid UTF-8, so that nothing else would tell."""
     np.arange(100, dtype=np.uint16).tofile(tmp_path / "train.bin")
     (tmp_path / "notes.txt").write_text("of the data")
     refused(lambda: convert.load_data(str(tmp_path), "", convert.byte_tokenizer()), ".bin", "name one kind")
