@@ -3,6 +3,7 @@ Measure a model: its loss at every depth and with exit, or the paper's benchmark
 
     python eval.py                                the newest model below ./out, on the text its training held out
     python eval.py --init=gpt2 --data=book.txt    any model, any text
+    python eval.py --init=out/a,out/b             a model, and its unlooped control
     python eval.py --tasks=piqa,mmlu --init=gpt2  benchmarks of lm-evaluation-harness
 """
 

@@ -2,7 +2,7 @@
 Let a looped model write. Each token takes the passes it needs; a terminal shows them as a tint.
 
     python sample.py --max_loops=8 --prompt="def "    continue a prompt with the newest model below ./out
-    python sample.py                                  ask for prompts, again and again (or read one from a pipe)
+    python sample.py                                  show what training held out, then ask for prompts
     python sample.py --chat                           talk with a model that was taught to
     python sample.py --prompt="The sky is" --trace    watch the next token form, pass by pass (paper Fig. 7 and 8)
 """
@@ -30,7 +30,7 @@ TINTS = (75, 79, 114, 150, 186, 215, 209, 203)  # terminal colours from cool, fe
 
 @dataclass
 class Settings(convert.Inference):
-    """Continue a prompt with a looped model."""
+    """Continue a prompt with a looped model; on a CPU, unless --dtype says otherwise, in fp32 where it is compiled."""
 
     prompt: str = flag("", "text to continue; empty: what training held out, then asked for, or read from a pipe")
     max_new_tokens: int = flag(200, "tokens to write, unless the text ends before", 1)

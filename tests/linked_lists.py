@@ -3,8 +3,7 @@ Which choices make passes count? The linked lists of `python train.py`, once for
 
     python tests/linked_lists.py --out=out/evidence --seeds=1,2,3    25 minutes of a core per seed; resumes
 
-Tables of the share of right answers, a mean over the links of the chains asked for, ± standard deviation over the
-seeds. Training sees chains of up to 8 links and up to 8 passes.
+Shares of right answers: means over the links, ± standard deviation over the seeds; trained on up to 8 links and passes.
 """
 
 import sys

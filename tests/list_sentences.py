@@ -28,10 +28,8 @@ from convert import flag  # noqa: E402
 from eval import NEVER, accuracy_by_kind, read_answers  # noqa: E402
 from loopus import Halt  # noqa: E402
 
-PEOPLE = (
-    "Ann Bob Carl Dan Emma Frank Kate Lucy Mary Paul Sam Tom John Jack Peter Alice James David Mark Luke Jane Rose "
-    "Grace Ben"
-).split()
+PEOPLE = "Ann Bob Carl Dan Emma Frank Kate Lucy Mary Paul Sam Tom".split()
+PEOPLE += "John Jack Peter Alice James David Mark Luke Jane Rose Grace Ben".split()
 COLOURS = "red blue green black white brown gold silver pink gray purple yellow".split()
 QUESTIONS = 8  # per document
 CONTEXT = 4 * len(PEOPLE) + 4 * QUESTIONS  # tokens of a document and its end

@@ -139,6 +139,9 @@ def test_answers_and_losses_that_cannot_be_measured_are_refused_in_one_line(comm
     for bad, words in ((dict(kind=["x", "y"]), "2 kinds of 1 answers"), (dict(prompt="a" * 64), "in 65 tokens")):
         data = write_lines(tmp_path / "answers.jsonl", [good, good | bad] * 9)
         refused(command(evaluation, *SMALL, f"--init={looped}", f"--data={data}"), "record 2", "answers.jsonl", words)
+    convert.save(random_model("gpt2", vocab_size=300), train.list_tokenizer(), tmp_path / "other")
+    ended = command(evaluation, *SMALL, f"--init={looped},{tmp_path / 'other'}", f"--data={checkpoint[1]}")
+    refused(ended, "other has another tokenizer: its losses cannot be compared")
     model = random_model("gpt2")
     model.norm.weight.data[0] = torch.nan
     convert.save(model, TOKENIZER, looped)

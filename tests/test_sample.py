@@ -96,8 +96,7 @@ def test_a_trace_has_the_numbers_of_plain_calls_and_marks_where_the_rule_first_h
 
 # ---- Without a prompt: what training held out
 def trained_on(directory, data, val):
-    settings = dict(files=[str(data)], data=str(data), val=str(val))
-    (directory / "settings.json").write_text(json.dumps(settings))
+    (directory / "settings.json").write_text(json.dumps(dict(files=[str(data)], data=str(data), val=str(val))))
 
 
 def test_without_a_prompt_held_out_questions_are_answered_by_difficulty(write, checkpoint, monkeypatch):

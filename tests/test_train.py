@@ -183,14 +183,16 @@ def test_the_log_has_the_losses_rate_and_speed_of_steps_and_the_held_out_loss_of
         assert row["lr"] == pytest.approx(train.learning_rate(small(lr=1e-3), step - 1))
     assert [(row["step"], *row["held_out"]) for row in held_out] == [(step, *"0124") for step in (0, 3, 6)]
     assert held_out[2]["held_out"]["1"] < held_out[0]["held_out"]["1"]  # it learns
-    assert f"step 4  lm {steps[2]['lm']}  mono" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert f"step 4  lm {steps[2]['lm']}  mono" in out
+    table = [f"{row['step']:>11}" + "".join(f"{x:>11}" for x in row["held_out"].values()) for row in held_out]
+    assert table[0] in out and table[1] not in out and table[2] in out  # at the end: before, and after
 
 
 @pytest.mark.parametrize("sure", [True, False])
 def test_a_run_ends_in_a_threshold_that_suits_the_model_and_other_programs_take_it(command, monkeypatch, sure):
-    losses = dict.fromkeys(train.THRESHOLDS, 9.0) | {NEVER.threshold: 1.0}
-    if sure:
-        losses |= {0.9: 1.005, 0.95: 1.0}
+    enough = {0.9: 1.005, 0.95: 1.0} if sure else {}
+    losses = dict.fromkeys(train.THRESHOLDS, 9.0) | {NEVER.threshold: 1.0} | enough
     monkeypatch.setattr(train, "depth_losses", lambda model, held_out, depths, batch: dict.fromkeys(depths, 1.0))
     stats = {threshold: dict(loss=loss, mean_passes=2) for threshold, loss in losses.items()}
     monkeypatch.setattr(train, "exit_stats", lambda model, held_out, loops, halt, batch: stats[halt.threshold])
@@ -204,8 +206,7 @@ def test_a_run_ends_in_a_threshold_that_suits_the_model_and_other_programs_take_
 
 
 def test_ids_in_a_bin_file_are_trained_on():
-    tokens = convert.load_tokens([Path("text.txt")], convert.byte_tokenizer())
-    tokens.astype(np.uint16).tofile("ids.bin")
+    convert.load_tokens([Path("text.txt")], convert.byte_tokenizer()).astype(np.uint16).tofile("ids.bin")
     ends = [train.train(small(out, data=data, steps=1)) for out, data in (("bin", "ids.bin"), ("text", "text.txt"))]
     torch.testing.assert_close(*map(state, ends), **EXACTLY)
 
