@@ -41,7 +41,7 @@ from loopus import Config, Halt, InputError, LoopUS, deep_supervision, sequence_
 
 RECIPES = {
     "paper": {},
-    "short": dict(steps=200, accumulate=1, context=256, max_loops=6, supervised=2, warmup=20, eval_tokens=2048),
+    "short": dict(steps=180, accumulate=1, context=256, max_loops=6, supervised=2, warmup=20, eval_tokens=2048),
 }
 
 
