@@ -365,7 +365,7 @@ def main():
     directory = convert.resolve(s.init)
     device, dtype = convert.pick_device(s.device, s.dtype)
     if device.type == "cpu":
-        s.dtype = s.dtype or "fp32"  # the fastest where it is compiled
+        s.dtype = s.dtype or "fp32"  # compiled, as fast as memory or nearly; bf16 may beat it
     model, tokenizer = s.load(directory)
     unknown = s.chat and tokenizer.template is None
     refuse(unknown, "the model has no chat template that we know: expected ChatML, Llama 3's or Phi-4's")
