@@ -65,9 +65,7 @@ def read_json(path):
     if not path.exists():
         return {}
     with reading(path):
-        value = json.loads(path.read_text(encoding="utf-8-sig"))
-        refuse(not isinstance(value, dict), "expected a JSON object: is it the right file?")
-        return value
+        return dict(json.loads(path.read_text(encoding="utf-8-sig")))
 
 
 def expand(path):
@@ -85,7 +83,6 @@ class Family:
     supported: dict  # key in config.json → the values of it that we can run; without it the first one holds
     layer: str  # prefix of a layer's tensors: {i} counts over the whole model, {j} within its {stack}
     modules: dict  # module of ours → the one there, or a list: the rows of several lie one below the other in ours
-    sliding_window: int | None = None  # where config.json has no such key
     looped: bool = False  # checkpoints have the gate and the confidence head, too
 
 
@@ -128,11 +125,11 @@ LLAMA = Family(
     ),
 )
 # fmt: on
-QWEN = replace(LLAMA, sliding_window=4096, supported=LLAMA.supported | dict(use_sliding_window=[False, True]))
+QWEN = replace(LLAMA, supported=LLAMA.supported | dict(use_sliding_window=[False, True]))
 FAMILIES = {
     "gpt2": GPT2,
     "llama": LLAMA,
-    "mistral": replace(LLAMA, sliding_window=4096),
+    "mistral": LLAMA,
     "qwen2": replace(QWEN, constants=QWEN.constants | dict(qkv_bias=True, out_bias=False)),
     "qwen3": replace(QWEN, constants=QWEN.constants | dict(qk_norm=True)),
     "phi3": replace(
@@ -171,7 +168,7 @@ def read_config(path):
         in_order = sum(stacks, []) == list(range(values["n_layer"]))
         refuse(not in_order, f"its layers are {stacks}: expected all {values['n_layer']} in their order")
         values |= {"encoder_layers": len(stacks[0]), "decoder_layers": len(stacks[2]), "base": raw}
-        return looped(family), Config(**values, q_threshold=number(LOOPED_DEFAULTS | raw, "q_threshold", float)), False
+        return looped(family), Config(**values, q_threshold=float((LOOPED_DEFAULTS | raw)["q_threshold"])), False
 
 
 def read_family(base):
@@ -182,47 +179,33 @@ def read_family(base):
     rope = dict(base.get("rope_scaling") or base.get("rope_parameters") or {})  # the older spelling, the newer one
     rope.setdefault("rope_type", rope.pop("type", None))
     raw = {key: value for key, value in [*base.items(), *rope.items()] if value is not None}
-    refuse("full_attention" in rope, "rotary positions that differ between layers are not supported")
     for key, choices in family.supported.items():
         raw.setdefault(key, choices[0])
         refuse(raw[key] not in choices, f"{key} {raw[key]!r} is not supported: expected one of {choices}")
     values = family.constants | {"base": base}
     for name, key in family.keys.items():
         if name not in values and key in raw:
-            values[name] = number(raw, key, Config.__annotations__[name])
+            values[name] = Config.__annotations__[name](raw[key])
     values.setdefault("n_kv_head", values["n_head"])
     values.setdefault("head_dim", values["n_embd"] // values["n_head"])
     values.setdefault("n_inner", 4 * values["n_embd"])
     refuse(values["n_head"] % values["n_kv_head"], "the heads are not a multiple of the key/value heads")
-    if raw.get("use_sliding_window"):
-        window = base.get("sliding_window", family.sliding_window) or values["block_size"]
-        windowed = window < values["block_size"] or set(raw.get("layer_types", [])) - {"full_attention"}
-        refuse(windowed, "a sliding window is not supported: expected attention to all earlier tokens")
+    windowed = raw.get("use_sliding_window") and raw.get("sliding_window", math.inf) < values["block_size"]
+    refuse(windowed, "a sliding window is not supported: expected attention to all earlier tokens")
     if "rotary" not in values:
         values["rotary"] = rotary_angles(raw, values["head_dim"])
     return family, values, raw["tie_word_embeddings"]
 
 
-def number(raw, key, kind):
-    """raw[key] as int, float or bool. Raises InputError where that would be another number, or less than 1 or 0."""
-    value = kind(raw[key])
-    least = 1 if kind is int else 0
-    refuse(value != raw[key] or value < least, f"{key} is {raw[key]!r}: expected {kind.__name__}, at least {least}")
-    return value
-
-
 def rotary_angles(raw, head_dim):
     """By what angle one position turns each pair of a head's channels. Llama 3 stretches wavelengths over original /
     low_freq_factor by `factor`, none under original / high_freq_factor, and those between smoothly."""
-    theta = number({"rope_theta": 10000.0} | raw, "rope_theta", float)
-    angle = theta ** -(torch.arange(0, head_dim, 2).float() / head_dim)
+    angle = float(raw.get("rope_theta", 10000.0)) ** -(torch.arange(0, head_dim, 2).float() / head_dim)
     if raw["rope_type"] == "llama3":
         low, high = raw["low_freq_factor"], raw["high_freq_factor"]
         turns = raw["original_max_position_embeddings"] * angle / (2 * torch.pi)
         kept = ((turns - low) / (high - low)).clamp(0, 1)
         angle = angle * (kept + (1 - kept) / raw["factor"])
-    wrong = head_dim % 2 or not angle.isfinite().all()
-    refuse(wrong, f"its rotary positions cannot be computed for heads of {head_dim} channels")
     return angle.tolist()
 
 
@@ -249,14 +232,13 @@ def config_to_write(config, format, dtype):
 
 
 # ---- Checkpoints
-def load(src, device="cpu", dtype=torch.float32, encoder_layers=-1, decoder_layers=-1, gate_start=""):
+def load(src, device="cpu", dtype=torch.float32, encoder_layers=-1, decoder_layers=-1):
     """→ (model in eval mode, tokenizer or None) from `src`, a hub name or a directory.
 
     dtype None: each tensor as it is stored. Layers of −1: as the checkpoint is cut or, if it was never looped, by
     `default_cuts`. Raises InputError for what is missing, misshapen or unsupported."""
     directory = resolve(src)
     family, config, tied = read_config(directory / "config.json")
-    config.gate_start = gate_start or config.gate_start
     tokenizer = load_tokenizer(directory, config.vocab_size)
     model = read_model(directory, family, config, tied, device, dtype).eval()
     encoder, decoder = config.encoder_layers, config.decoder_layers
@@ -300,26 +282,25 @@ def turned(name, tensor):
 def read_model(directory, family, config, tied, device, dtype):
     """The model of `config` with the weights of a directory. Raises InputError where these disagree with it."""
     tensors = read_tensors(directory)
-    refuse(config.n_layer > len(tensors), f"{directory / 'config.json'} has more layers than the weights have tensors")
-    with reading(directory / "config.json"), torch.device("meta"):
-        model = LoopUS(config)
-    stored = stored_names(model, family)
-    if tied and "lm_head.weight" not in tensors:
-        stored["lm_head.weight"] = stored["wte.weight"]
-    wanted = {bare(tensor_name) for names in stored.values() for tensor_name in names}
-    for name in sorted(wanted ^ tensors.keys()):
-        found = "unknown" if name in tensors else "missing"
-        raise InputError(f"the weights in {directory} disagree with its config.json: {name} is {found}")
-    state = {}
-    for name, parameter in progress(model.named_parameters(), "loading", sum(1 for _ in model.parameters())):
-        if name in stored:
-            with reading(f"{stored[name]} in {directory}"):
-                parts = [turned(tensor_name, tensors[bare(tensor_name)][:]) for tensor_name in stored[name]]
-                tensor = torch.cat(parts)
-        else:  # the gate and the confidence head, where the model was never looped
-            tensor = torch.empty(parameter.shape, dtype=state["wte.weight"].dtype)
-        state[name] = tensor.to(device=device, dtype=dtype)
-    with reading(f"the weights in {directory} disagree with its config.json"):
+    with reading(f"the weights and the config.json in {directory}"):
+        refuse(config.n_layer > len(tensors), f"{config.n_layer} layers of {len(tensors)} tensors")
+        with torch.device("meta"):
+            model = LoopUS(config)
+        stored = stored_names(model, family)
+        if tied and "lm_head.weight" not in tensors:
+            stored["lm_head.weight"] = stored["wte.weight"]
+        wanted = {bare(tensor_name) for names in stored.values() for tensor_name in names}
+        odd = sorted(wanted ^ tensors.keys())
+        refuse(odd, f"{', '.join(odd[:3])}: in one of them, but not in the other")
+        state = {}
+        for name, parameter in progress(model.named_parameters(), "loading", len(model.state_dict())):
+            if name in stored:
+                with reading(stored[name]):
+                    parts = [turned(tensor_name, tensors[bare(tensor_name)][:]) for tensor_name in stored[name]]
+                    state[name] = torch.cat(parts).to(device=device, dtype=dtype)
+                    refuse(not state[name].isfinite().all(), "not finite: is the file damaged?")
+            else:  # the gate and the confidence head, where the model was never looped
+                state[name] = torch.empty_like(parameter, dtype=state["wte.weight"].dtype, device=device)
         model.load_state_dict(state, assign=True)
     if not family.looped:
         model.reset_new_parameters()
@@ -450,23 +431,20 @@ def resolve(src):
     return download(name, revision or "main")
 
 
-def hub_path(variable, name):
-    """What this environment variable states or, by default, this name in the directory of the hub's own tools."""
-    home = os.environ.get("HF_HOME") or "~/.cache/huggingface"
-    return expand(os.environ.get(variable) or f"{home}/{name}")
+def hub_home():
+    """Where the hub's own tools keep models and the user's token."""
+    return expand(os.environ.get("HF_HOME") or "~/.cache/huggingface")
 
 
 def download(name, revision):
     """→ the directory of a model on the hub: where the hub's own tools keep it, or a copy in our cache."""
-    model = hub_path("HF_HUB_CACHE", "hub") / f"models--{name.replace('/', '--')}"
+    model = hub_home() / "hub" / f"models--{name.replace('/', '--')}"
     ref = model / "refs" / revision
     commit = ref.read_text().strip() if ref.exists() else revision
     target = cache_dir() / f"{name}@{revision}".replace("/", "--")
     for directory in (model / "snapshots" / commit, target):
         if all(map(Path.exists, [directory / "config.json", *shards(directory)])):
             return directory
-    offline = os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE")
-    refuse(offline, f"HF_HUB_OFFLINE is set, and {name} is not in the cache: unset it, or give a directory")
     endpoint = os.environ.get("HF_ENDPOINT") or "https://huggingface.co"
     url = f"{endpoint.rstrip('/')}/{name}/resolve/{quote(commit, safe='')}/"
     with all_or_nothing(target) as unfinished:
@@ -491,7 +469,7 @@ def fetch(url, target):
     """Download the file of target's name from below url; all but config.json and weights may be absent there. Raises
     InputError."""
     request = Request(url + target.name)
-    login = hub_path("HF_TOKEN_PATH", "token")  # where the hub's own tools put it
+    login = hub_home() / "token"
     token = os.environ.get("HF_TOKEN") or (login.read_text() if login.is_file() else "")
     if token.strip():
         request.add_header("Authorization", f"Bearer {token.strip()}")
@@ -522,7 +500,6 @@ O200K_SPLIT = (
 )
 # fmt: on
 SPLITS = (LLAMA3_SPLIT, LLAMA3_SPLIT.replace("{1,3}", ""), O200K_SPLIT)  # the second: Qwen's
-BORDER = re.compile(r"\S\n(?=\w)")  # none of these patterns has a word across the end of such a line
 # Byte-level BPE writes each byte as one printable character: the visible ones of Latin-1 as they are.
 VISIBLE = [*range(33, 127), *range(161, 173), *range(174, 256)]
 HIDDEN = sorted(set(range(256)) - set(VISIBLE))
@@ -545,7 +522,6 @@ def known_split(spec):
     odd += [normalizers not in ([], ["NFC"]), level.get("type") != "ByteLevel", level.get("add_prefix_space", True)]
     for token in spec["added_tokens"]:
         odd += [token["single_word"], token["lstrip"], token["rstrip"], token["normalized"] and normalizers]
-        odd += [BORDER.search("." + token["content"])]
     if not any(odd):
         match before, level.get("use_regex", True):
             case [], True:
@@ -625,14 +601,6 @@ class ByteLevel:
             ids = [self.ids[n] for word in filter(None, words) for n in self.encoding._encode_single_piece(word)]
         return ids
 
-    def pieces(self, text, size=1 << 18):
-        """A long text → texts whose ids, one after the other, are the ids of the whole."""
-        start = 0
-        while match := BORDER.search(text, start + size):
-            yield text[start : match.end()]
-            start = match.end()
-        yield text[start:]
-
 
 class Package:
     """Any other tokenizer.json, read by the tokenizers package. Raises InputError where that is missing."""
@@ -661,9 +629,6 @@ class Package:
     def ids(self, text, typed):
         text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")  # half a pair is no character
         return self.readers[typed].encode(text, add_special_tokens=False).ids
-
-    def pieces(self, text):
-        return [text]
 
 
 class Tokenizer:
@@ -765,12 +730,12 @@ def load_tokenizer(src, vocab_size=math.inf):
     """The tokenizer of a hub name or directory, by its tokenizer.json and the files beside it; None without the first.
     Added tokens beyond a model of vocab_size are left out, and a line says so. Raises InputError."""
     directory = resolve(src)
-    names = ("tokenizer.json", "added_tokens.json", "tokenizer_config.json", "generation_config.json", "config.json")
-    spec, older, *configs = [read_json(directory / name) for name in names]
+    names = ("tokenizer.json", "tokenizer_config.json", "generation_config.json", "config.json")
+    spec, *configs = [read_json(directory / name) for name in names]
     if not spec:
         return None
     with reading(directory / "tokenizer.json and what is beside it"):
-        tokens = with_added_tokens(spec, configs[0].get("added_tokens_decoder") or {}, older)
+        tokens = with_added_tokens(spec, configs[0].get("added_tokens_decoder") or {})
         known = [token for token in tokens if token["id"] < vocab_size]
         if len(known) < len(tokens):
             print(f"{directory}: the model lacks {len(tokens) - len(known)} of the added tokens", file=sys.stderr)
@@ -782,16 +747,15 @@ def load_tokenizer(src, vocab_size=math.inf):
         return tokenizer
 
 
-def with_added_tokens(spec, beside, older):
-    """The added tokens of a tokenizer.json, and those that stand beside it alone, in tokenizer_config.json or in the
-    `older` added_tokens.json. As transformers does, each gets the next free id, in the order of the stated ones."""
+def with_added_tokens(spec, beside):
+    """The added tokens of a tokenizer.json, and those that stand in tokenizer_config.json alone. As transformers does,
+    each of these gets the next free id, in the order of the stated ones."""
     tokens = {token["content"]: token for token in spec.get("added_tokens") or []}
     vocab = spec["model"]["vocab"]
-    stated = {i: {"content": content} for content, i in older.items()} | {int(i): beside[i] for i in beside}
-    for i in sorted(stated):
-        content = stated[i]["content"]
+    for i in sorted(beside, key=int):
+        content = beside[i]["content"]
         free = max([len(vocab), *(1 + token["id"] for token in tokens.values())])
-        tokens.setdefault(content, stated[i] | {"id": vocab[content] if content in vocab else free})
+        tokens.setdefault(content, beside[i] | {"id": vocab.get(content, free)})
     return tokens.values()
 
 
@@ -891,7 +855,7 @@ def segments_of(record, tokenizer):
         for pair in zip(prompts, completions):
             segments += [Segment(pair[0], False), Segment(pair[1], True)]
     elif text is not None:
-        segments = [Segment(piece, True) for piece in tokenizer.model.pieces(text)]
+        segments = [Segment(text, True)]
     else:
         unknown = record.keys().isdisjoint(("text", "messages"))
         refuse(unknown, f'has {", ".join(record)}: expected "text", "messages", or "prompt" and "completion"')
@@ -952,11 +916,10 @@ def map_tokens(path, tokenizer):
             tokens = np.memmap(path, np.uint16 if tokenizer.n_vocab <= 1 << 16 else np.uint32, "r")
             wider = len(tokens) > 3 and not tokens[1:4096:2].any()
             refuse(wider, f"every other id is 0: expected {tokens.dtype}; write wider integers with numpy.save")
-        is_list = tokens.ndim == 1 and tokens.dtype.kind in "iu"
-        refuse(not is_list, f"it holds {tokens.dtype} of shape {list(tokens.shape)}: expected a list of integers")
-        found = f"it holds ids from {tokens.min()} to {tokens.max()}, read as {tokens.dtype}"
-        other = tokens.min() < 0 or tokens.max() >= tokenizer.n_vocab
-        refuse(other, f"{found}, and the tokenizer has {tokenizer.n_vocab}: is it of another model or type?")
+        numbers = tokens.ndim == 1 and tokens.dtype.kind in "iu"
+        fit = numbers and tokens.min() >= 0 and tokens.max() < tokenizer.n_vocab
+        found = f"it holds {tokens.dtype} of shape {tokens.shape}, from {tokens.min()} to {tokens.max()}"
+        refuse(not fit, f"{found}: expected a list of ids below {tokenizer.n_vocab}, as the tokenizer has")
         return tokens
 
 
@@ -1076,9 +1039,7 @@ def layer_distances(model, idx):
         after = copy.deepcopy(block).float()(h, at)  # a checkpoint may store tensors of several dtypes
         distances.append(1 - torch.cosine_similarity(h, after, dim=-1).mean())
         h = after
-    distances = torch.stack(distances).cpu()
-    refuse(not distances.isfinite().all(), "the model's states are not finite: are its weights damaged?")
-    return distances
+    return torch.stack(distances).cpu()
 
 
 def choose_cuts(distances):
@@ -1111,8 +1072,8 @@ def one_line(message):
     return " ".join(str(message).split())
 
 
-def parse(settings, *positional, arguments=None):
-    """The command line, or these arguments, as {field: value} of the dataclass `settings`, given ones only."""
+def parse(settings, *positional):
+    """The command line as {field: value} of the dataclass `settings`, given ones only."""
     parser = ArgumentParser(description=settings.__doc__, allow_abbrev=False, argument_default=SUPPRESS)
     parser.error = lambda message: refuse(True, f"{message}; --help lists all flags")
     for setting in fields(settings):
@@ -1126,19 +1087,7 @@ def parse(settings, *positional, arguments=None):
             metavar = "|".join(choices or [setting.type.__name__.upper()])
             value = partial(checked, setting.type, least)
             parser.add_argument(f"--{setting.name}", help=help, type=value, choices=choices, metavar=metavar)
-    return vars(parser.parse_args(arguments))
-
-
-def as_flags(settings):
-    """The command line that gives these settings, without the defaults."""
-    flags = []
-    for setting in fields(settings):
-        value = getattr(settings, setting.name)
-        if setting.type is bool:
-            flags.append(f"--{'' if value else 'no-'}{setting.name}")
-        elif value != setting.default:
-            flags.append(f"--{setting.name}={value}")
-    return flags
+    return vars(parser.parse_args())
 
 
 def checked(kind, least, text):
@@ -1162,9 +1111,7 @@ def run(main):
         os._exit(1)  # whoever read the output, such as `head`, has left
     except (InputError, OSError, UnicodeError) as e:
         sys.exit(f"error: {one_line(e)}")
-    except (MemoryError, RuntimeError) as e:  # torch.OutOfMemoryError comes from a GPU, a plain one from the CPU
-        if not re.search("MemoryError|out of memory|not enough memory|can't allocate memory", repr(e)):
-            raise
+    except (MemoryError, torch.OutOfMemoryError):
         sys.exit("error: out of memory: turn down --batch or --context, or turn on train.py's --checkpointing")
     except (KeyboardInterrupt, EOFError):  # Ctrl-C, or Ctrl-D at a prompt
         print("\ninterrupted", file=sys.stderr, flush=True)

@@ -21,10 +21,9 @@ from torch.nn.utils.rnn import pad_sequence
 
 import convert
 from convert import flag, refuse, windows
-from loopus import Halt, InputError, early_exit
+from loopus import InputError, early_exit
 
 DEPTHS = (1, 2, 4, 8)
-NEVER = Halt(threshold=2.0)
 
 
 @dataclass
@@ -51,47 +50,39 @@ def batches(sequences, size, device):
             yield x.to(device), y.to(device)
 
 
-def states(model, x, depths):
-    """(b, the state (B, T, C) of tokens x (B, T) after b passes) for each b of `depths`; 0 is the ungated pass."""
+def states(model, x, depths, halt=None, max_loops=8):
+    """(column, state (B, T, C), passes (B, T)) of tokens x (B, T): after each number of passes in `depths`, of which 0
+    is the ungated pass, and with `halt`, as "exit"."""
     h = model.encode(x)
     if 0 in depths:
-        yield 0, model.propose(h)
+        yield 0, model.propose(h), torch.zeros_like(x)
     for b in range(1, max(depths, default=0) + 1):
         h = model.refine(h)
         if b in depths:
-            yield b, h
+            yield b, h, torch.full_like(x, b)
+    if halt:
+        yield "exit", *early_exit(model, x, max_loops, halt)
 
 
 @torch.no_grad()
-def depth_losses(model, sequences, depths, batch):
-    """{passes: mean loss in nats} over sequences of `windows`, for each of `depths`; 0 is the ungated pass."""
-    sums = dict.fromkeys(depths, 0.0)
+def held_out_losses(model, sequences, batch, depths, halt=None, max_loops=8):
+    """→ {column of `states`: mean loss in nats} over sequences of `windows`; and how many tokens took 0 … max_loops
+    passes with exit, all of those that are learned."""
+    sums = defaultdict(float)
+    histogram = torch.zeros(max_loops + 1, dtype=torch.long)
     for x, y in batches(sequences, batch, model.wte.weight.device):
-        learned = (y >= 0).sum().item()
-        for b, h in states(model, x, depths):
-            loss, _ = model.loss(h, y)
-            sums[b] += loss.item() * learned
-    count = (sequences[1] >= 0).sum().item()
-    return {depth: total / count for depth, total in sums.items()}
-
-
-@torch.no_grad()
-def exit_stats(model, sequences, max_loops, halt, batch):
-    """With exit: mean loss, mean passes, and how many tokens took 1 … max_loops passes."""
-    total = 0.0
-    depths = []
-    for x, y in batches(sequences, batch, model.wte.weight.device):
-        h, depth = early_exit(model, x, max_loops, halt)
         learned = y >= 0
-        loss, _ = model.loss(h, y)
-        total += loss.item() * learned.sum().item()
-        depths.append(depth[learned].cpu())
-    depths = torch.cat(depths)
-    return {
-        "loss": total / len(depths),
-        "mean_passes": depths.float().mean().item(),
-        "histogram": torch.bincount(depths, minlength=max_loops + 1)[1:].tolist(),
-    }
+        for column, h, passes in states(model, x, depths, halt, max_loops):
+            loss, _ = model.loss(h, y)
+            sums[column] += loss.item() * learned.sum().item()
+            if column == "exit":
+                histogram += torch.bincount(passes[learned].cpu(), minlength=max_loops + 1)
+    count = (sequences[1] >= 0).sum().item()
+    return {column: total / count for column, total in sums.items()}, histogram
+
+
+def mean_passes(histogram):
+    return (histogram * torch.arange(len(histogram))).sum().item() / histogram.sum().item()
 
 
 class Answer(NamedTuple):
@@ -100,6 +91,18 @@ class Answer(NamedTuple):
     kind: str
     start: int
     stop: int
+
+
+class Reply(NamedTuple):
+    """What a model says where an Answer stands: after the text before it, the likeliest token at each of its places."""
+
+    column: int | str  # of `states`
+    document: int  # its number
+    answer: Answer
+    said: list
+    right: bool  # are these the answer's tokens?
+    logprob: float  # of the answer, in nats
+    passes: list  # that each token took
 
 
 def read_answers(path, tokenizer, block_size):
@@ -125,40 +128,36 @@ def read_answers(path, tokenizer, block_size):
     return documents
 
 
-def groups_of(items, size, what):
-    """The items, `size` at a time, with a line of progress."""
-    groups = [items[start : start + size] for start in range(0, len(items), size)]
-    return convert.progress(groups, what, len(groups))
-
-
-def padded(texts, model):
-    """Texts, lists of tokens, as one tensor on the model's device: padded on the right, which no token sees."""
-    rows = [torch.tensor(tokens) for tokens in texts]
-    return pad_sequence(rows, batch_first=True).to(model.wte.weight.device)
-
-
 @torch.no_grad()
-def accuracy_by_kind(model, documents, depths, halt=NEVER, max_loops=8, batch=64):
+def replies(model, documents, batch, depths, halt=None, max_loops=8):
+    """A Reply to each Answer of `documents`, which are as in `read_answers`, in each column of `states`."""
+    longest_first = sorted(range(len(documents)), key=lambda i: -len(documents[i][0]))
+    groups = [longest_first[start : start + batch] for start in range(0, len(documents), batch)]
+    for group in convert.progress(groups, "answering", len(groups)):
+        rows = [torch.tensor(documents[i][0][:-1]) for i in group]
+        x = pad_sequence(rows, batch_first=True).to(model.wte.weight.device)  # on the right, which no token sees
+        for column, h, passes in states(model, x, depths, halt, max_loops):
+            h = model.norm(model.run(model.decoder, h))
+            for row, i in enumerate(group):
+                tokens, answers = documents[i]
+                for answer in answers:
+                    place = (row, slice(answer.start - 1, answer.stop - 1))
+                    logprobs = model.lm_head(h[place]).float().log_softmax(dim=-1)
+                    said = logprobs.argmax(dim=-1).tolist()
+                    expected = tokens[answer.start : answer.stop]
+                    logprob = logprobs[range(len(said)), expected].sum().item()
+                    yield Reply(column, i, answer, said, said == expected, logprob, passes[place].tolist())
+
+
+def accuracy_by_kind(model, documents, depths, halt=None, max_loops=8, batch=64):
     """Share of right answers after each number of passes in `depths`, with `halt` ("exit"), and the mean passes that
-    the tokens of answers then take ("passes"). An answer is right if each of its tokens is the likeliest one after the
-    text before it. → {kind: {column: number}}"""
+    the tokens of answers then take ("passes"). → {kind: {column: number}}"""
     scores = defaultdict(lambda: defaultdict(list))
-    for group in groups_of(documents, batch, "answering"):
-        idx = padded([tokens for tokens, _ in group], model)
-        x, y = idx[:, :-1], idx[:, 1:]
-        columns = {}
-        for b, h in states(model, x, depths):
-            columns[b] = model.decode(h).argmax(dim=-1) == y
-        if halt is not NEVER:
-            h, passes = early_exit(model, x, max_loops, halt)
-            columns["exit"] = model.decode(h).argmax(dim=-1) == y
-            columns["passes"] = passes
-        for name, values in columns.items():
-            for row, (_, answers) in zip(values.float().cpu(), group):
-                for kind, start, stop in answers:
-                    part = row[start - 1 : stop - 1]
-                    score = part.mean() if name == "passes" else part.min()  # each of its tokens
-                    scores[kind][name].append(score.item())
+    for reply in replies(model, documents, batch, depths, halt, max_loops):
+        of_kind = scores[reply.answer.kind]
+        of_kind[reply.column].append(reply.right)
+        if reply.column == "exit":
+            of_kind["passes"].append(np.mean(reply.passes))
     return {kind: {name: np.mean(values) for name, values in scores[kind].items()} for kind in sorted(scores)}
 
 
@@ -207,71 +206,51 @@ def bits_per_nat(sequences, tokenizer):
 
 
 def measure_losses(s):
-    init, *controls = s.init.split(",")
+    init, _, control = s.init.partition(",")
     directory = convert.resolve(init)
     model, tokenizer = s.load(directory)
     tokens, documents = held_out(directory, tokenizer, model.config.block_size, s.data)
     sequences = windows(tokens, min(s.context, model.config.block_size), s.tokens)
-    losses = depth_losses(model, sequences, range(s.max_loops + 1), s.batch)
-    finite = math.isfinite(sum(losses.values())) and model.q_head[1].weight.isfinite().all()
-    refuse(not finite, f"the losses {losses} or the confidence are not finite: are the weights damaged?")
-    exit = exit_stats(model, sequences, s.max_loops, s.rule(), s.batch)
-    measured = [(depth, depth, loss) for depth, loss in losses.items()]
-    measured.append(("exit", exit["mean_passes"], exit["loss"]))
-    for name in controls:
-        control, other = s.load(name)
-        refuse(other.spec != tokenizer.spec, f"{name} has another tokenizer: its losses cannot be compared")
-        unlooped = depth_losses(control, sequences, [0], s.batch)
-        measured.append(("control", 0, unlooped[0]))
+    losses, histogram = held_out_losses(model, sequences, s.batch, range(s.max_loops + 1), s.rule(), s.max_loops)
+    means = {"exit": mean_passes(histogram), "control": 0}
+    table = dict(losses)
+    if control:
+        other, other_tokenizer = s.load(control)
+        refuse(other_tokenizer.spec != tokenizer.spec, f"{control} has another tokenizer: it cannot be compared")
+        unlooped, _ = held_out_losses(other, sequences, s.batch, [0])
+        table["control"] = unlooped[0]
     factor = bits_per_nat(sequences, tokenizer)
     rows = []
-    for passes, mean, loss in measured:
-        more = dict(perplexity=math.exp(min(loss, 700)), bits_per_byte=loss * factor)
-        rows.append(dict(passes=passes, mean_passes=mean, loss=loss, **more))
+    for passes, loss in table.items():
+        row = dict(passes=passes, mean_passes=means.get(passes, passes), loss=loss)
+        rows.append(row | dict(perplexity=math.exp(min(loss, 700)), bits_per_byte=loss * factor))
     depths = [depth for depth in DEPTHS if depth <= s.max_loops]
     shares = accuracy_by_kind(model, documents, depths, s.rule(), s.max_loops, s.batch)
     if s.json:
-        print(json.dumps({"init": str(directory), "depths": rows, "exit": exit, "accuracy": shares}))
+        histogram = histogram.tolist()
+        print(json.dumps(dict(init=str(directory), depths=rows, histogram=histogram, accuracy=shares)))
         return
     print(f"{directory}: held-out text; 0 passes: one ungated, as the base runs")
     print(f"{'passes':>8} {'mean':>6} {'loss':>8} {'perplexity':>11} {'bits/byte':>10}")
     for row in rows:
         print("{passes:>8} {mean_passes:6.2f} {loss:8.4f} {perplexity:11.3f} {bits_per_byte:10.4f}".format(**row))
     print(f"\npasses taken with exit, {s.rule()}")
-    for b, n in enumerate(exit["histogram"], start=1):
-        share = n / sum(exit["histogram"])
+    for b, share in enumerate((histogram / histogram.sum()).tolist()):
         print(f"{b:>8} {'█' * round(40 * share):40} {share:6.1%}")
     if shares:
         print_accuracy(shares)
-    print(f"\n{summary(losses, exit)}")
+    print(f"\n{summary(losses, histogram)}")
 
 
-def summary(losses, exit):
-    """What `depth_losses` and `exit_stats` come to, in a sentence."""
+def summary(losses, histogram):
+    """What `held_out_losses` come to, in a sentence."""
+    losses = dict(losses)
+    exits = f"exit {losses.pop('exit'):.4f} after {mean_passes(histogram):.2f}"
     best = min(losses, key=lambda depth: (depth == 0, losses[depth]))
-    exits = f"exit {exit['loss']:.4f} after {exit['mean_passes']:.2f}"
     return f"best fixed depth: {best} passes, {losses[best]:.4f} nats per token; {exits}; unlooped {losses[0]:.4f}"
 
 
 # ---- Benchmarks, §4: the model as lm-evaluation-harness asks for it, at one depth or with exit
-class Column(NamedTuple):
-    """A column of the tables: every token takes max_loops passes, or those until `halt` stops it. base: 0 passes."""
-
-    name: str
-    max_loops: int
-    halt: Halt = NEVER
-
-
-def columns_of(model, s):
-    """base, the depths up to --max_loops, and exit; base alone where the loop was never trained, as in a pretrained
-    model or the control: the last layer of the confidence head, which starts at zero, is then still zero."""
-    columns = [Column("base", 0)]
-    if s.max_loops > 0 and model.q_head[1].weight.any():
-        columns += [Column(str(depth), depth) for depth in DEPTHS if depth <= s.max_loops]
-        columns.append(Column("exit", s.max_loops, s.rule()))
-    return columns
-
-
 def import_harness():
     """lm-evaluation-harness, which is an optional extra. Raises InputError where it is not installed."""
     try:
@@ -283,8 +262,11 @@ def import_harness():
     return lm_eval
 
 
-def harness_model(harness, model, tokenizer, column, batch):
-    """A model in one column of the tables, as the harness asks for it; its `passes` are those of the scored tokens."""
+def harness_model(harness, model, tokenizer, batch, *column):
+    """A model in one column of `states` (depths, halt, max_loops), as the harness asks for it; its `passes` are those
+    of the scored tokens."""
+
+    size = model.config.block_size
 
     class Scorer(harness.api.model.TemplateLM):
         eot_token_id = tokenizer.end_of_text
@@ -297,53 +279,34 @@ def harness_model(harness, model, tokenizer, column, batch):
             return tokenizer.start(string)
 
         def _loglikelihood_tokens(self, requests, **_):
-            pairs = [(context or [self.prefix_token_id], continuation) for _, context, continuation in requests]
-            return score(model, pairs, column, batch, self.passes)
+            """(log-probability, would greedy decoding write it?) of each continuation. What is too long loses its
+            beginning."""
+            documents = []
+            for _, context, continuation in requests:
+                tokens = [*(context or [self.prefix_token_id]), *continuation][-size - 1 :]
+                start = len(tokens) - len(continuation)
+                refuse(start < 1, f"an answer of {len(continuation)} tokens: the context has {size}")
+                documents.append((tokens, [Answer("", start, len(tokens))]))
+            scores = [None] * len(documents)
+            for reply in replies(model, documents, batch, *column):
+                scores[reply.document] = (reply.logprob, reply.right)
+                self.passes += reply.passes
+            return scores
 
         def loglikelihood_rolling(self, requests, **_):
             """Log-probabilities of texts, in windows as long as the model's context: each token is scored once."""
-            size = model.config.block_size
             totals = []
             for request in requests:
                 ids = self.tok_encode(request.args[0])
                 starts = range(0, len(ids), size)
-                pairs = [([self.prefix_token_id, *ids[:start]], ids[start : start + size]) for start in starts]
-                totals.append(sum(logprob for logprob, _ in score(model, pairs, column, batch, self.passes)))
+                windows = [(None, ids[:start], ids[start : start + size]) for start in starts]
+                totals.append(sum(logprob for logprob, _ in self._loglikelihood_tokens(windows)))
             return totals
 
         def generate_until(self, requests, **_):
             raise InputError("tasks that write text are not supported: expected ones that score it")
 
     return Scorer()
-
-
-@torch.no_grad()
-def score(model, pairs, column, batch, all_passes):
-    """pairs: (context, continuation), lists of tokens → of each the log-probability of the continuation in nats, and
-    whether greedy decoding writes it. What is too long loses its beginning. The passes of the scored tokens are added
-    to all_passes. InputError: a continuation alone is too long."""
-    size = model.config.block_size
-    texts = []
-    for context, continuation in pairs:
-        refuse(len(continuation) > size, f"an answer of {len(continuation)} tokens: the context has {size}")
-        texts.append((context + continuation)[-size - 1 : -1])
-    longest_first = sorted(range(len(pairs)), key=lambda i: -len(texts[i]))
-    scores = [None] * len(pairs)
-    for group in groups_of(longest_first, batch, f"scoring, {column.name}"):
-        idx = padded([texts[i] for i in group], model)
-        h, passes = early_exit(model, idx, column.max_loops, column.halt)
-        h = model.norm(model.run(model.decoder, h))
-        for row, i in enumerate(group):
-            continuation = torch.tensor(pairs[i][1], device=idx.device)
-            end = len(texts[i])
-            scored = slice(end - len(continuation), end)
-            logprobs = model.lm_head(h[row, scored]).float().log_softmax(dim=-1)
-            refuse(logprobs.isnan().any(), "the model's logits are not finite: are its weights damaged?")
-            chosen = logprobs.gather(1, continuation[:, None]).sum()
-            greedy = logprobs.argmax(dim=-1) == continuation
-            scores[i] = (chosen.item(), greedy.all().item())
-            all_passes += passes[row, scored].tolist()
-    return scores
 
 
 def measure_tables(s):
@@ -354,8 +317,12 @@ def measure_tables(s):
     for init in s.init.split(","):
         own = replace(s)  # with this model's threshold
         model, tokenizer = own.load(init)
-        for column in columns_of(model, own):
-            scorer = harness_model(harness, model, tokenizer, column, s.batch)
+        columns = {"base": ([0],)}
+        if s.max_loops > 0 and model.q_head[1].weight.any():  # else the loop was never trained
+            columns |= {str(depth): ([depth],) for depth in DEPTHS if depth <= s.max_loops}
+            columns["exit"] = ([], own.rule(), s.max_loops)
+        for name, column in columns.items():
+            scorer = harness_model(harness, model, tokenizer, s.batch, *column)
             with convert.reading(f"--tasks={s.tasks}"), redirect_stdout(sys.stderr):
                 results = harness.simple_evaluate(
                     scorer,
@@ -366,9 +333,9 @@ def measure_tables(s):
                     log_samples=False,
                 )
             passes = sum(scorer.passes) / max(1, len(scorer.passes))
-            report.setdefault(init, {})[column.name] = {"results": results["results"], "passes": passes}
+            report.setdefault(init, {})[name] = {"results": results["results"], "passes": passes}
             if not s.json:
-                print(f"{init or 'the newest model'}, passes: {column.name} (mean of the scored tokens {passes:.2f})")
+                print(f"{init or 'the newest model'}, passes: {name} (mean of the scored tokens {passes:.2f})")
                 print(harness.utils.make_table(results), flush=True)
     if s.json:
         print(json.dumps(report, default=float))

@@ -59,7 +59,6 @@ class Config:
     qk_norm: bool = False  # RMSNorm on each head's queries and keys (Qwen3)
     encoder_layers: int = 1  # the first layers, run once
     decoder_layers: int = 1  # the last layers, run once
-    gate_start: str = "0.5"  # α of every channel before training, or "s4d": the authors' start
     q_threshold: float = 0.6  # the confidence to stop at that suits this model
     base: dict | None = None  # the pretrained model's own config.json, for writing it back
 
@@ -173,12 +172,11 @@ class SelectiveGate(nn.Module):
         self.down = nn.Linear(c.n_embd, rank, bias=False)  # W_down
         self.up = nn.Linear(rank, c.n_embd)  # W_up, b
         self.A_log = nn.Parameter(torch.zeros(c.n_embd))
-        self.start = c.gate_start
 
     @torch.no_grad()
-    def reset_parameters(self):
+    def reset_parameters(self, start=0.5):
         """A number: α of every channel, an exact damped iteration of the pretrained block. "s4d": as the authors do."""
-        if self.start == "s4d":
+        if start == "s4d":
             self.up.reset_parameters()
             self.A_log.copy_(torch.arange(1, len(self.A_log) + 1).log())
             log_step = torch.empty_like(self.up.bias).uniform_(-6.9078, -2.3026)
@@ -186,7 +184,7 @@ class SelectiveGate(nn.Module):
         else:
             self.up.weight.zero_()
             self.A_log.zero_()
-            alpha = torch.full_like(self.up.bias, float(self.start))
+            alpha = torch.full_like(self.up.bias, float(start))
             step_size = -alpha.log()  # α = exp(−Δ)
         self.down.reset_parameters()
         self.up.bias.copy_(step_size.expm1().log())  # softplus(b) = Δ

@@ -9,21 +9,20 @@ Let a looped model write. Each token takes the passes it needs; a terminal shows
 
 import codecs
 import copy
-import os
-import shutil
 import sys
 import time
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
+from operator import attrgetter
 
 import torch
 
 import convert
 import loopus
 from convert import flag, refuse
-from eval import accuracy_by_kind, held_out
-from loopus import Block, Halt, InputError, Positions, early_exit
+from eval import accuracy_by_kind, held_out, replies
+from loopus import Block, Halt, InputError, Positions
 
 TINTS = (75, 79, 114, 150, 186, 215, 209, 203)  # terminal colours from cool, few passes, to warm, many
 
@@ -60,14 +59,16 @@ def tint(text, passes, max_loops):
 
 def show(steps, tokenizer, s):
     """Print what is written to standard output, and one line about it to standard error. steps: what `LoopUS.stream`
-    yields for one text."""
+    yields for one text. → its tokens"""
     utf8 = codecs.getincrementaldecoder("utf-8")("replace")  # a character can span tokens
+    written = []
     depths = []
     begun = time.time()
     with suppress(KeyboardInterrupt):
         for [(token, depth)] in steps:
             if token in tokenizer.ends:
                 break
+            written.append(token)
             depths.append(depth)
             print(tint(utf8.decode(tokenizer.token_bytes(token)), depth, s.max_loops), end="", flush=True)
     print(utf8.decode(b"", final=True), flush=True)
@@ -75,6 +76,7 @@ def show(steps, tokenizer, s):
     legend = " ".join(tint(str(b), b, s.max_loops) for b in range(1, s.max_loops + 1))
     passes = f"{sum(depths) / max(1, count):.2f} passes each on average (of {legend or 0})"
     print(f"\n{count} tokens, {passes}, {count / (time.time() - begun):.1f} tokens/s", file=sys.stderr)
+    return written
 
 
 def write(model, tokenizer, prompt, s):
@@ -86,11 +88,7 @@ def write(model, tokenizer, prompt, s):
 
 # ---- A conversation
 class Conversation:
-    """What was said, as tokens. When the context is full, the oldest turns are forgotten.
-
-    beginning   the tokens before all turns, with the system message
-    turns       of each question and its reply
-    """
+    """What was said, as tokens: `ids`."""
 
     def __init__(self, model, tokenizer, s):
         self.model = model
@@ -98,63 +96,32 @@ class Conversation:
         self.s = s
         self.draw = drawing(model, s)
         self.ending = tokenizer.encode(tokenizer.template.end + tokenizer.template.after)
-        self.ends = tokenizer.ends | {self.ending[0]}
-        self.beginning = [*tokenizer.begin]
+        tokenizer.ends.add(self.ending[0])
+        self.ids = [*tokenizer.begin]
         if s.system:
-            self.beginning += self.message("system", s.system)
-        self.turns = []
+            self.ids += self.message("system", s.system)
 
     def message(self, role, content):
         """The tokens of a message, as training reads them: in its content, special tokens are plain text."""
         ids = convert.encode_document(self.tokenizer.template.segments(role, content, False), self.tokenizer)
         return [~i for i in ids]
 
-    def tokens(self):
-        return sum(self.turns, self.beginning)
-
     def ask(self, question):
-        """Add a question to the conversation. Raises InputError where it leaves no room for a reply."""
-        context = self.model.config.block_size
-        room = context - min(self.s.max_new_tokens, context // 2)
+        """Show the reply to a question, and add both. Raises InputError where the context has no room for it."""
         opening = self.tokenizer.template.opening.format(role="assistant")
-        asked = self.message("user", question) + self.tokenizer.encode(opening)
-        length = len(self.beginning + asked)
-        refuse(length > room, f"{length} tokens do not fit the context of {context} with a reply: shorten what is said")
-        if self.turns:  # its reply does not hold its end
-            self.turns[-1] += self.ending
-        self.turns.append(asked)
-        while len(self.tokens()) > room:
-            del self.turns[0]
-
-    def reply(self):
-        """Answer the question, token by token, up to the end of the message: yields [(token, depth)] of each."""
-        ids = self.tokens()
-        most = min(self.s.max_new_tokens, self.model.config.block_size - len(ids))
-        for [(token, depth)] in self.model.stream([ids], most, self.s.max_loops, self.s.rule(), self.draw):
-            if token in self.ends:
-                return
-            self.turns[-1].append(token)
-            yield [(token, depth)]
-
-
-def chat(model, tokenizer, s):
-    """Answer what is said, in one conversation."""
-    conversation = Conversation(model, tokenizer, s)
-    for question in inputs(s):
-        try:
-            conversation.ask(question.strip())
-        except InputError as e:
-            refuse(not sys.stdin.isatty(), e)
-            print(f"error: {e}", file=sys.stderr)
-            continue
-        show(conversation.reply(), tokenizer, s)
+        self.ids += self.message("user", question) + self.tokenizer.encode(opening)
+        context = self.model.config.block_size
+        room = context - len(self.ids)
+        refuse(room < 1, f"the conversation has filled the context of {context} tokens: begin another")
+        most = min(room, self.s.max_new_tokens)
+        steps = self.model.stream([self.ids], most, self.s.max_loops, self.s.rule(), self.draw)
+        self.ids += show(steps, self.tokenizer, self.s) + self.ending
 
 
 # ---- One token, pass by pass
 def candidates(model, tokenizer, h):
     """The likeliest tokens after the state h (1, T, C) with their probabilities, two spaces before each."""
     probabilities = model.decode(h)[0, -1].float().softmax(dim=-1)
-    refuse(not probabilities.isfinite().all(), "the model's probabilities are not finite: are its weights damaged?")
     words = ""
     for token in probabilities.argsort(descending=True)[:5].tolist():
         text = tokenizer.token_bytes(token).decode(errors="replace")
@@ -294,8 +261,7 @@ def made_fast(model, s, dtype):
     compiling = s.compile
     if compiling is None:
         work = s.max_new_tokens * max(1, s.max_loops) * sum(p.numel() for p in model.reasoning.parameters())
-        compiler = os.environ.get("CXX") or {"darwin": "clang++", "win32": "cl"}.get(sys.platform, "g++")
-        compiling = device.type == "cpu" and work > MUCH_TO_READ and shutil.which(compiler) is not None
+        compiling = device.type == "cpu" and work > MUCH_TO_READ
     if compiling:
         print("compiling, which takes some seconds (--no-compile leaves it out)", file=sys.stderr)
         compiled = copy.deepcopy(model, {id(p): p for p in model.parameters()})
@@ -321,32 +287,33 @@ def show_held_out(model, tokenizer, directory, s):
         print("The first words of held-out text, and how the model goes on:\n")
         ids = [max(i, ~i) for i in tokens[:32].tolist()]
         return write(model, tokenizer, tokenizer.decode(ids), s)
+    documents = documents[:50]
     tokens, answers = documents[0]
-    h, depths = early_exit(model, torch.tensor([tokens], device=model.wte.weight.device), s.max_loops, s.rule())
-    said = model.decode(h)[0].argmax(dim=-1).tolist()
     print(f"A held-out document:{tokenizer.decode(tokens[: answers[0].start])} …")
     print(f"\n{'':9} question  answer  it says  passes")
-    ends = [0, *(answer.stop for answer in answers)]
-    for (kind, start, stop), end in sorted(zip(answers, ends)):
-        before = slice(start - 1, stop - 1)  # the states that foretell the answer
-        passes = depths[0, before].max().item()
-        question, answer, reply = map(tokenizer.decode, (tokens[end:start], tokens[start:stop], said[before]))
-        line = f"{kind:9} {question[-8:]:>8} {answer:>7} {reply:>8} {passes:>7}"
-        if reply != answer:
+    for reply in sorted(replies(model, documents[:1], 1, [], s.rule(), s.max_loops), key=attrgetter("answer")):
+        kind, start, stop = reply.answer
+        question, answer, said = map(tokenizer.decode, (tokens[:start], tokens[start:stop], reply.said))
+        passes = max(reply.passes)
+        question = question.rpartition(" ")[2]
+        line = f"{kind:9} {question:>8} {answer:>7} {said:>8} {passes:>7}"
+        if not reply.right:
             line += "  wrong"
         print(tint(line, passes, s.max_loops))
-    documents = documents[:50]
     means = accuracy_by_kind(model, documents, [1], s.rule(), s.max_loops).values()
     share, passes, once = (sum(row[name] for row in means) / len(means) for name in ("exit", "passes", 1))
     print(f"\n{len(documents)} such documents: {share:.2f} right after {passes:.2f} passes each, {once:.2f} after 1")
 
 
 # ---- The program
-def inputs(s):
-    """What is to be continued or answered: --prompt, or each line that is typed, or what comes from a pipe."""
+def inputs(s, trained=False):
+    """What is to be continued or answered: --prompt, or each line that is typed, or what comes from a pipe. "": show
+    what training held out, at a terminal before anything is asked."""
     if s.prompt:
         yield s.prompt
     elif sys.stdin.isatty():
+        if trained:
+            yield ""
         greeting = "Say something." if s.chat else "What should it continue?"
         print(f"\n{greeting} An empty line ends. Ctrl-C stops a text.")
         with suppress(EOFError):
@@ -369,23 +336,26 @@ def main():
     model, tokenizer = s.load(directory)
     unknown = s.chat and tokenizer.template is None
     refuse(unknown, "the model has no chat template that we know: expected ChatML, Llama 3's or Phi-4's")
-    if not s.trace:
-        model = made_fast(model, s, dtype)
+    if s.trace:
+        for prompt in inputs(s):
+            trace(model, tokenizer, prompt, s)
+        return
+    model = made_fast(model, s, dtype)
     if s.chat:
-        return chat(model, tokenizer, s)
-    trained = (directory / "settings.json").exists() and s.max_loops > 0 and not s.trace
-    if trained and not s.prompt and sys.stdin.isatty():
+        conversation = Conversation(model, tokenizer, s)
+        for question in inputs(s):
+            conversation.ask(question.strip())
+        return
+    trained = (directory / "settings.json").exists() and s.max_loops > 0
+    for prompt in inputs(s, trained):
+        if prompt or not trained:
+            write(model, tokenizer, prompt, s)
+            continue
         try:
             show_held_out(model, tokenizer, directory, s)
         except (InputError, OSError) as e:  # it may lie elsewhere by now
+            refuse(not sys.stdin.isatty(), e)
             print(f"no held-out text to show: {e}", file=sys.stderr)
-    for prompt in inputs(s):
-        if trained and not prompt:
-            show_held_out(model, tokenizer, directory, s)
-        elif s.trace:
-            trace(model, tokenizer, prompt, s)
-        else:
-            write(model, tokenizer, prompt, s)
 
 
 if __name__ == "__main__":

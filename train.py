@@ -36,12 +36,12 @@ from torch.utils.checkpoint import checkpoint
 
 import convert
 from convert import flag, refuse
-from eval import DEPTHS, NEVER, accuracy_by_kind, depth_losses, exit_stats, print_accuracy, read_answers, summary
-from loopus import Config, Halt, InputError, LoopUS, deep_supervision, sequence_confidence_loss, token_confidence_loss
+from eval import DEPTHS, accuracy_by_kind, held_out_losses, print_accuracy, read_answers, summary
+from loopus import Config, Halt, LoopUS, deep_supervision, sequence_confidence_loss, token_confidence_loss
 
 RECIPES = {
     "paper": {},
-    "short": dict(steps=180, accumulate=1, context=256, max_loops=6, supervised=2, warmup=20, eval_tokens=2048),
+    "short": dict(steps=120, accumulate=1, context=256, max_loops=6, supervised=2, warmup=20, eval_tokens=2048),
 }
 
 
@@ -86,7 +86,7 @@ class Settings:
 
 
 FIXED = ("init", "data", "objective", "trains", "encoder_layers", "decoder_layers", "gate_start")  # in a resumed run
-THRESHOLDS = (0.5, 0.6, 0.8, 0.9, 0.95, 0.99)  # of confidence, tried at the end of training
+THRESHOLDS = (0.5, 0.6, 0.8, 0.9, 0.95, 0.99, 2.0)  # of confidence, tried at the end of training
 CONFIDENCE_LOSSES = {"token": token_confidence_loss, "sequence": sequence_confidence_loss}
 
 
@@ -217,7 +217,6 @@ class Run:
     sharded: bool
     files: list  # of --data, when the run was started
     step: int = 0  # steps that are done
-    skipped: int = 0  # updates in a row that were left out
     busy: bool = False  # with a step, or with saving: a signal must wait
     signals: int = 0  # that wait
 
@@ -240,23 +239,6 @@ def step_directory(s, step):
     return Path(s.out, f"step-{step:07d}")
 
 
-def lock(out):
-    """Have this run alone write to `out`, until the file that is returned is closed or its process ends."""
-    if rank() > 0:
-        return open(os.devnull)
-    Path(out).mkdir(parents=True, exist_ok=True)
-    file = open(Path(out, ".lock"), "w")
-    try:
-        import fcntl
-
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise InputError(f"another run is writing to {out}: name another --out") from None
-    except ImportError:
-        pass  # Windows
-    return file
-
-
 def setup(s):
     """→ the Run, new or resumed."""
     device, dtype = convert.pick_device(s.device, s.dtype)
@@ -265,11 +247,9 @@ def setup(s):
     src = checkpoints(s.out)[-1] if s.resume else s.init
     place = "cpu" if sharded else device
     with first_process_first():
-        model, tokenizer = convert.load(src, place, torch.float32, s.encoder_layers, s.decoder_layers, s.gate_start)
+        model, tokenizer = convert.load(src, place, torch.float32, s.encoder_layers, s.decoder_layers)
     if s.gate_start and not s.resume:  # also where the checkpoint has a gate, such as one that was trained unlooped
-        model.gate.reset_parameters()
-    longest = model.config.block_size
-    refuse(s.context > longest, f"--context={s.context} is more than the model's {longest}: give at most that")
+        model.gate.reset_parameters(s.gate_start)
     if sharded:
         shard(model, device, dtype)
     optimizer = make_optimizer(model, s)
@@ -294,15 +274,13 @@ def restore(run, s, directory):
     with convert.reading(f"{directory / 'optimizer.pt'} (without {directory.name}, --resume takes the one before)"):
         saved = torch.load(directory / "optimizer.pt", map_location="cpu", weights_only=True)
         state = saved["optimizer"]["state"]
-        params = [p for group in run.optimizer.param_groups for p in group["params"]]
-        for i, moments in state.items():
-            refuse(moments["exp_avg"].shape != params[i].shape, f"it is of another model: parameter {i} differs")
-            if run.sharded:
+        if run.sharded:
+            params = [p for group in run.optimizer.param_groups for p in group["params"]]
+            for i, moments in state.items():
                 for name in ("exp_avg", "exp_avg_sq"):
                     moments[name] = distribute_tensor(moments[name], params[i].device_mesh, params[i].placements)
         run.optimizer.load_state_dict(run.optimizer.state_dict() | {"state": state})
         run.step = saved["step"]
-        run.skipped = saved["skipped"]
         run.files = list(map(str, convert.read_json(directory / "settings.json")["files"]))
     refuse(run.step > s.steps, f"{s.out} is at step {run.step}, beyond --steps={s.steps}: nothing is left to resume")
 
@@ -319,11 +297,10 @@ def save_checkpoint(run, s):
         convert.write_checkpoint(run.model, run.tokenizer, unfinished, weights=weights)
         settings = json.dumps(asdict(s) | {"files": run.files}, indent=2)
         (unfinished / "settings.json").write_text(settings, encoding="utf-8")
-        state = {"step": run.step, "skipped": run.skipped, "optimizer": optimizer}
-        torch.save(state, unfinished / "optimizer.pt")
+        torch.save({"step": run.step, "optimizer": optimizer}, unfinished / "optimizer.pt")
     for old in checkpoints(s.out)[: -s.keep]:
         remove_checkpoint(old)
-    for unfinished in Path(s.out).glob(f"{convert.STEP}.new-{'[0-9a-f]' * 8}"):  # what a crash while saving left
+    for unfinished in Path(s.out).glob(f"{convert.STEP}.new-*"):  # what a crash while saving left
         shutil.rmtree(unfinished, ignore_errors=True)
 
 
@@ -375,8 +352,7 @@ def train_step(run, s, tokens):
 
 
 def optimizer_step(run, s):
-    """Take the optimizer's step, unless the gradient is not finite. → its norm. Raises InputError after the fifth such
-    gradient in a row."""
+    """Take the optimizer's step; where the gradient is not finite, leave it out. → the gradient's norm."""
     if not run.sharded:
         for p in run.model.parameters():
             if p.grad is not None:
@@ -390,14 +366,9 @@ def optimizer_step(run, s):
         for group in run.optimizer.param_groups:
             group["lr"] = rate * s.new_lr_factor if group["new"] else rate
         run.optimizer.step()
-        run.skipped = 0
         if run.fast is not run.model:
             run.fast.load_state_dict(run.model.state_dict())
-    else:
-        run.skipped += 1
     run.optimizer.zero_grad()
-    ended = f"no finite gradient in 5 steps to {run.step + 1}: lower --lr; {s.out} keeps its checkpoints"
-    refuse(run.skipped == 5, ended)
     return norm
 
 
@@ -416,40 +387,27 @@ def write_log(run, s, **values):
             file.write(json.dumps(record) + "\n")
 
 
-def log_step(run, s, terms, norm, seconds):
-    """The losses of the step that is done, and its speed."""
-    write_log(
-        run,
-        s,
-        **dict(zip(("lm", "mono", "q"), map(rounded, terms))),
-        lr=rounded(learning_rate(s, run.step - 1)),
-        grad_norm=rounded(norm),
-        left_out=run.skipped,
-        tokens_per_second=round(s.accumulate * s.batch * s.context / seconds),
-        seconds_left=round(seconds * (s.steps - run.step)),
-    )
-
-
 def evaluate(run, s, held_out):
     """Write the held-out loss at each depth to the log, and → it."""
     depths = [0]
     if s.objective == "loop":
         depths += [b for b in DEPTHS if b < s.max_loops] + [s.max_loops]
-    losses = depth_losses(run.fast, held_out, depths, s.batch)
+    losses, _ = held_out_losses(run.fast, held_out, s.batch, depths)
     write_log(run, s, held_out={depth: rounded(loss) for depth, loss in losses.items()})
     return losses
 
 
 def conclude(run, s, held_out):
     """After the last step: say what came of the loop, and write into its checkpoint the lowest of THRESHOLDS whose loss
-    with exit is within 1 % of the best depth's; where there is none, one at which no token stops."""
+    with exit is within 1 % of the best depth's: with the last one, no token stops."""
     losses = evaluate(run, s, held_out)
     if s.objective == "lm":
         return
     best = min(loss for depth, loss in losses.items() if depth > 0)
-    for threshold in (*THRESHOLDS, NEVER.threshold):
-        exit = exit_stats(run.fast, held_out, s.max_loops, Halt(threshold=threshold), s.batch)
-        if summed(torch.tensor(int(exit["loss"] <= 1.01 * best))) > 0:  # all processes alike
+    for threshold in THRESHOLDS:
+        halt = Halt(threshold=threshold)
+        exit, histogram = held_out_losses(run.fast, held_out, s.batch, [], halt, s.max_loops)
+        if summed(torch.tensor(int(exit["exit"] <= 1.01 * best))) > 0:  # all processes alike
             break
     run.model.config.q_threshold = threshold
     if rank() > 0:
@@ -464,25 +422,25 @@ def conclude(run, s, held_out):
     for record in [record for record in records if record["step"] == 0][-1:] + records[-1:]:
         row = "".join(f"{record['held_out'].get(str(depth))!s:>11}" for depth in losses)
         print(f"nats per token after step {record['step']:>11}{row}")
-    print(f"{summary(losses, exit)}; exit is at a confidence of {threshold}\n", flush=True)
+    print(f"{summary(losses | exit, histogram)}; exit is at a confidence of {threshold}\n", flush=True)
 
 
 # ---- The loop
 def train(s):
     """One run of `s` from s.init to a checkpoint in s.out/step-…; → the directory of that checkpoint."""
     check(s)
-    with lock(s.out):
-        run = setup(s)
-        with first_process_first():
-            tokens, held_out = convert.load_data(run.files, s.val, run.tokenizer)
-        targets = tokens[1 : (len(tokens) - 1) // s.context * s.context + 1]
-        empty = len(targets) == 0 or targets.max() < 0
-        refuse(empty, f"--data: nothing is to be learned in whole contexts of {s.context} tokens: give more")
-        held_out = convert.windows(held_out, s.context, s.eval_tokens)
-        c = run.model.config
-        print(f"{s.objective}: {c.encoder_layers} + {c.reasoning_layers} + {c.decoder_layers} layers,", end=" ")
-        print(f"{len(tokens):,} tokens, {world_size()} × {run.device}, {run.dtype}, to {s.out}", flush=True)
-        take_all_steps(run, s, tokens, held_out)
+    Path(s.out).mkdir(parents=True, exist_ok=True)
+    run = setup(s)
+    with first_process_first():
+        tokens, held_out = convert.load_data(run.files, s.val, run.tokenizer)
+    targets = tokens[1 : (len(tokens) - 1) // s.context * s.context + 1]
+    empty = len(targets) == 0 or targets.max() < 0
+    refuse(empty, f"--data: nothing is to be learned in whole contexts of {s.context} tokens: give more")
+    held_out = convert.windows(held_out, s.context, s.eval_tokens)
+    c = run.model.config
+    print(f"{s.objective}: {c.encoder_layers} + {c.reasoning_layers} + {c.decoder_layers} layers,", end=" ")
+    print(f"{len(tokens):,} tokens, {world_size()} × {run.device}, {run.dtype}, to {s.out}", flush=True)
+    take_all_steps(run, s, tokens, held_out)
     print(f"written to {last_checkpoint(s)}", flush=True)
     return last_checkpoint(s)
 
@@ -507,8 +465,12 @@ def take_all_steps(run, s, tokens, held_out):
             begun = time.time()
             terms, norm = train_step(run, s, tokens)
             run.step += 1
-            if run.step % s.log_every == 0 or run.step in (1, s.steps) or run.skipped:
-                log_step(run, s, terms, norm, time.time() - begun + 1e-9)  # some clocks stand still for so long
+            if run.step % s.log_every == 0 or run.step in (1, s.steps) or not math.isfinite(norm):
+                seconds = time.time() - begun + 1e-9  # some clocks stand still for so long
+                terms = dict(zip(("lm", "mono", "q"), map(rounded, terms)))
+                speed = round(s.accumulate * s.batch * s.context / seconds)
+                left = round(seconds * (s.steps - run.step))
+                write_log(run, s, **terms, grad_norm=rounded(norm), tokens_per_second=speed, seconds_left=left)
             if run.step % s.eval_every == 0 or run.step == s.steps:
                 save_checkpoint(run, s)
             run.busy = False
@@ -666,26 +628,19 @@ def resumed(given):
         saved = convert.read_json(directory / "settings.json")
         saved.pop("files")
         refuse(saved.keys() != asdict(Settings()).keys(), "another version has written it: train anew")
-        saved = asdict(Settings(**convert.parse(Settings, arguments=convert.as_flags(Settings(**saved)))))
+        wrong = [name for name, value in saved.items() if type(value) is not type(getattr(Settings, name))]
+        refuse(wrong, f"{wrong} are of another kind")
     for name in FIXED:
         changed = given.get(name, saved[name]) != saved[name]
         refuse(changed, f"--{name} cannot change in a resumed run, which has {saved[name]!r}: leave it out")
     return saved | given | {"out": out}
 
 
-LAUNCH = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")  # what torchrun sets, and leftovers of clusters seldom do
-
-
 def join_processes():
-    """Join the processes that torchrun has started. Raises InputError where they do not come within five minutes, as
-    where its variables are left over from something else."""
-    print(f"{', '.join(LAUNCH)} are set: waiting for the other processes", flush=True)
-    with convert.reading("torchrun's variables (unset them to run in one process)"):
-        if torch.cuda.is_available():
-            torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
-        store, number, count = next(dist.rendezvous("env://", timeout=timedelta(minutes=5)))
-        store.set_timeout(timedelta(hours=12))  # in which the first process downloads and tokenises
-        dist.init_process_group(store=store, rank=number, world_size=count)
+    """Join the processes that torchrun has started. Only the first one prints."""
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    dist.init_process_group(timeout=timedelta(hours=1))  # in which the first one downloads and tokenises
     if rank() > 0:
         sys.stdout = open(os.devnull, "w", encoding="utf-8")
 
@@ -696,9 +651,9 @@ def main():
         given["out"] = str(convert.expand(given["out"]))
     if given.get("resume"):
         given = resumed(given)
-    launched = set(LAUNCH) <= os.environ.keys()
+    launched = dist.is_torchelastic_launched()
     if not given.get("init"):
-        refuse(launched, f"{', '.join(LAUNCH)} are set, but without --init train.py runs in one process: unset them")
+        refuse(launched, "without --init train.py runs in one process: leave torchrun out")
         return story(given)
     if launched:
         join_processes()

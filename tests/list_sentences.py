@@ -25,7 +25,7 @@ from speed import step_flops  # noqa: E402
 import convert  # noqa: E402
 import train  # noqa: E402
 from convert import flag  # noqa: E402
-from eval import NEVER, accuracy_by_kind, read_answers  # noqa: E402
+from eval import accuracy_by_kind, read_answers  # noqa: E402
 from loopus import Halt  # noqa: E402
 
 PEOPLE = "Ann Bob Carl Dan Emma Frank Kate Lucy Mary Paul Sam Tom".split()
@@ -116,7 +116,7 @@ def measure(s, path):
     """→ {kind: {column: number}} of a finished training, on the documents of a file."""
     model, tokenizer = convert.load(train.last_checkpoint(s), *convert.pick_device("", s.dtype))
     documents = read_answers(Path(path), tokenizer, 1000)
-    depths, halt = ([0], NEVER) if s.objective == "lm" else (DEPTHS, Halt(threshold=model.config.q_threshold))
+    depths, halt = ([0], None) if s.objective == "lm" else (DEPTHS, Halt(threshold=model.config.q_threshold))
     by_kind = accuracy_by_kind(model, documents, depths, halt, s.max_loops, 16)
     means = {column: mean(row[column] for row in by_kind.values()) for column in next(iter(by_kind.values()))}
     return dict(sorted(by_kind.items(), key=lambda item: int(item[0].split()[0]))) | {"mean": means}

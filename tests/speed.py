@@ -23,7 +23,6 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 import convert  # noqa: E402
 import train  # noqa: E402
 from convert import flag  # noqa: E402
-from eval import NEVER  # noqa: E402
 from loopus import Halt, deep_supervision  # noqa: E402
 from sample import compile_step, record_step  # noqa: E402
 
@@ -126,7 +125,7 @@ def measure_writing(s):
     length = s.prompt or min(64, model.config.block_size // 2)
     prompt = torch.randint(0, model.config.vocab_size, (s.batch, length), device=device)
     for passes in (1, 2, 4, 8):
-        print_writing(model, prompt, s.tokens, passes, NEVER, bandwidth, product)
+        print_writing(model, prompt, s.tokens, passes, Halt(threshold=2.0), bandwidth, product)
     print_writing(model, prompt, s.tokens, 8, Halt(threshold=s.threshold), bandwidth, product)
 
 
@@ -143,7 +142,7 @@ def print_writing(model, prompt, count, max_loops, halt, bandwidth, product):
     weights = (ends + max_loops * loop) / model.wte.weight.element_size()
     share = f"{2 * weights * prompt.numel() / prefill / product:.1%}"
     token = sorted(times)[len(times) // 4]
-    if halt != NEVER:
+    if halt.threshold <= 1:
         share = "-"  # nobody counts the passes of the prompt
         token = mean(times)
     floor = (ends + bytes_of(model.lm_head) + mean(depths) * loop) / bandwidth

@@ -13,7 +13,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import GOLDEN, ROOT, random_model
+from conftest import GOLDEN, random_model
 from safetensors.torch import load_file, save_file
 
 import convert
@@ -133,22 +133,21 @@ def test_shards_without_an_index_are_read_by_their_names():
         (dict(model_type="qwen3_moe"), "model_type 'qwen3_moe'"),
         (dict(rope_scaling=dict(type="linear", factor=2.0)), "rope_type 'linear'"),
         (dict(rope_parameters=dict(rope_type="yarn", factor=4.0)), "rope_type 'yarn'"),
-        (dict(rope_parameters=dict(full_attention=dict(rope_type="default"))), "differ between layers"),
         (dict(sliding_window=16), "sliding window"),
-        (dict(layer_types=["sliding_attention"] * 4), "sliding window"),
-        (dict(model_type="mistral", max_position_embeddings=8192), "sliding window"),  # 4096 where it states none
+        (dict(model_type="mistral", sliding_window=16), "sliding window"),
         (dict(tensors=lambda state: state | dict(a=torch.zeros(2, dtype=torch.int32))), "quantized"),
-        (dict(hidden_size=32.5), "hidden_size is 32.5: expected int"),
-        (dict(rms_norm_eps="1e-5"), "rms_norm_eps is '1e-5': expected float"),
-        (dict(num_hidden_layers=5), "layers.4.input_layernorm.weight is missing"),
-        (dict(num_hidden_layers=3), "layers.3.input_layernorm.weight is unknown"),
+        (dict(hidden_size="many"), "config.json: ValueError: invalid literal for int"),
+        (dict(num_hidden_layers=5), "layers.4.input_layernorm.weight, "),
+        (dict(num_hidden_layers=3), "layers.3.input_layernorm.weight, "),
+        (dict(num_hidden_layers=10**9), "1000000000 layers of "),
+        (dict(tensors=lambda s: s | {"model.norm.weight": torch.full([32], torch.nan)}), "norm.weight']: not finite"),
         (dict(tensors=lambda state: state | {"model.norm.weight": torch.zeros(9)}), "norm.weight"),
         (dict(tensors=lambda s: s | {"model.layers.0.mlp.up_proj.weight": torch.zeros(80, 9)}), "up_proj"),
         (dict(family=AUTHORS[0], decoder_layer_indices=[2]), "its layers are [[0], [1, 2], [2]]"),
     ],
 )
 def test_what_cannot_be_run_is_named_in_one_line(change, named):
-    refused(lambda: convert.load(changed(**change), gate_start=change.get("gate_start", "")), named)
+    refused(lambda: convert.load(changed(**change)), named)
 
 
 @pytest.mark.parametrize(
@@ -230,16 +229,13 @@ def hub(monkeypatch):
 
 
 @pytest.mark.parametrize("name, family", [("owner/name", "llama"), ("owner/name@v2", "qwen3"), ("gpt2", "gpt2")])
-def test_a_model_is_fetched_once_into_the_cache_and_never_offline(hub, monkeypatch, name, family):
+def test_a_model_is_fetched_once_into_the_cache(hub, name, family):
     hub.place = PLACES[name]
     hub.directory = GOLDEN / family
     assert_golden(convert.load(name)[0], family)
     assert Path(os.environ["LOOPUS_CACHE"]) in convert.resolve(name).parents
     asked = len(hub.asked)
     assert_golden(convert.load(name)[0], family)
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    assert_golden(convert.load(name)[0], family)
-    refused(lambda: convert.load("owner/other"), "HF_HUB_OFFLINE is set, and owner/other is not in the cache")
     assert len(hub.asked) == asked
 
 
@@ -248,7 +244,6 @@ def test_a_model_is_fetched_once_into_the_cache_and_never_offline(hub, monkeypat
     [
         ("HF_TOKEN", "/owner/name/resolve/main/config.json", "Bearer secret"),
         ("HF_HOME", "/owner/name/resolve/main/config.json", "Bearer secret"),  # where the hub's own login puts it
-        ("HF_TOKEN_PATH", "/owner/name/resolve/main/config.json", "Bearer secret"),
         ("LANG", "/owner/name/resolve/main/config.json", None),
         ("HF_TOKEN", "/cdn/model.safetensors", None),
         ("HF_TOKEN", "/cache/config.json", "Bearer secret"),
@@ -256,7 +251,7 @@ def test_a_model_is_fetched_once_into_the_cache_and_never_offline(hub, monkeypat
 )
 def test_the_token_is_sent_to_the_hub_and_to_no_other_host(hub, monkeypatch, stated_in, path, token):
     Path("token").write_text("secret\n")
-    monkeypatch.setenv(stated_in, dict(HF_TOKEN="secret", HF_HOME=".", HF_TOKEN_PATH="token", LANG="")[stated_in])
+    monkeypatch.setenv(stated_in, dict(HF_TOKEN="secret", HF_HOME=".", LANG="")[stated_in])
     convert.resolve("owner/name")
     assert dict(hub.asked)[path] == token
 
@@ -271,8 +266,8 @@ def test_what_goes_wrong_at_the_hub_is_named_in_one_line_and_leaves_nothing(hub,
 
 
 def test_the_hubs_own_cache_is_used_where_it_holds_the_whole_model(monkeypatch):
-    monkeypatch.setenv("HF_HUB_CACHE", "hub")
-    model = Path("hub/models--owner--name")
+    monkeypatch.setenv("HF_HOME", "home")
+    model = Path("home/hub/models--owner--name")
     snapshot = shutil.copytree(GOLDEN / "qwen3", model / "snapshots" / "abc123")
     (model / "refs").mkdir()
     (model / "refs" / "main").write_text("abc123\n")
@@ -396,13 +391,6 @@ def test_text_that_cannot_be_read_is_named_in_one_line(name, content, named):
     refused(lambda: tokens_of(name, content), name, named)
 
 
-def test_a_long_text_is_encoded_in_pieces_as_if_it_were_whole():
-    text = (ROOT / "loopus.py").read_text(encoding="utf-8") * 15
-    tokenizer = golden_tokenizer("qwen3")
-    assert len(convert.segments_of(dict(text=text), tokenizer)) > 1
-    assert tokens_of("long.txt", text, tokenizer).tolist() == [*tokenizer.encode(text), tokenizer.end_of_text]
-
-
 def test_a_text_is_tokenised_once_and_again_when_it_or_the_tokenizer_changes():
     tokenizer = byte_tokenizer()
     for content, modified, expected in (("one", 1, b"one"), ("two", 1, b"one"), ("two", 2, b"two")):
@@ -453,7 +441,7 @@ def test_bin_files_hold_ids_of_two_bytes_or_four_for_larger_vocabularies_and_npy
     for kind in ("<i2", "u1", ">i4", "<u8"):
         np.save("ids.npy", np.array([200, 7, 97], kind))
         assert convert.load_tokens([Path("ids.npy")], tokenizer).tolist() == [200, 7, 97]
-    for wrong, named in (([1.0], "float64"), ([[1]], "[1, 1]"), ([5, -1], "from -1 to 5"), ([5, 1 << 17], "to 131072")):
+    for wrong, named in (([1.0], "float64"), ([[1]], "(1, 1)"), ([5, -1], "from -1 to 5"), ([5, 1 << 17], "to 131072")):
         np.save("ids.npy", np.array(wrong))
         refused(lambda: convert.load_tokens([Path("ids.npy")], tokenizer), "ids.npy", named)
 

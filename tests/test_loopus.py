@@ -74,16 +74,17 @@ def test_the_gate_is_equations_3_to_5(model):
 
 @pytest.mark.parametrize("start", ["0.5", "0.25", "0.97"])
 def test_the_gate_starts_with_one_alpha_everywhere_and_the_confidence_at_a_half(start):
-    model = random_model(gate_start=start)
+    model = random_model()
     model.reset_new_parameters()
+    model.gate.reset_parameters(start)
     delta = 10 * torch.randn(2, 3, 32)
     torch.testing.assert_close(model.gate.alpha(delta), torch.full((2, 3, 32), float(start)))
     assert (torch.sigmoid(model.confidence(delta)) == 0.5).all()
 
 
 def test_the_gate_start_s4d_is_that_of_the_authors():
-    model = random_model(gate_start="s4d", n_embd=512, n_head=16, head_dim=32)
-    model.reset_new_parameters()
+    model = random_model(n_embd=512, n_head=16, head_dim=32)
+    model.gate.reset_parameters("s4d")
     gate = model.gate
     torch.testing.assert_close(gate.A_log.exp(), torch.arange(1, 513).float())
     step_size = F.softplus(gate.up.bias)  # log-uniform from 0.001 to 0.1: half of them below the middle

@@ -25,7 +25,6 @@ import convert
 import eval as evaluation
 import sample
 import train
-from eval import NEVER
 from train import Settings
 
 pytestmark = pytest.mark.usefixtures("checkpoint")  # each test in a directory of its own, with a model and text.txt
@@ -148,28 +147,20 @@ def test_checkpointing_keeps_less_for_the_same_run():
     torch.testing.assert_close(*(state(Path(out, "step-0000006")) for out in ("run", "plain")), **EXACTLY)
 
 
-def test_a_gradient_that_is_not_finite_is_left_out_and_five_in_a_row_end_the_run(command):
+def test_a_step_whose_gradient_is_not_finite_is_left_out_and_logged():
     model = random_model("gpt2")
-    model.wte.weight.data[1] = torch.nan  # for whoever reads this byte
-    convert.save(model, convert.byte_tokenizer(), "nan")
+    model.wte.weight.data[1] = 3e38  # for whoever reads this byte
+    convert.save(model, convert.byte_tokenizer(), "huge")
     Path("once.txt").write_bytes(b"a" * 99 + b"\x01" + b"a" * 285)  # 12 windows: an epoch
-    train.train(small(init="nan", data="once.txt", val="text.txt", accumulate=1, eval_every=1, keep=9))
+    train.train(small(init="huge", data="once.txt", val="text.txt", accumulate=1, eval_every=1, keep=9))
     steps, _ = log()
-    i = [row["left_out"] for row in steps].index(1)
-    assert [row["step"] for row in steps if row["lm"] is row["grad_norm"] is None] == [i + 1]
+    [i] = [row["step"] - 1 for row in steps if row["lm"] is row["grad_norm"] is None]
     before, after, later = (state(path) for path in train.checkpoints("run")[i - 1 : i + 2])
     torch.testing.assert_close(after, before, **EXACTLY)
     assert not torch.equal(later["lm_head.weight"], after["lm_head.weight"])
-    Path("often.txt").write_bytes(b"abc\x01" * 999)
-    train.train(small("bad", init="nan", data="often.txt", steps=3))
-    ended = command(train, "--resume", "--out=bad", "--steps=9")  # which goes on counting
-    refused(ended, "no finite gradient in 5 steps to 5: lower --lr; bad keeps its checkpoints")
-    steps, held_out = log("bad")
-    assert [row["left_out"] for row in steps] == [1, 2, 3, 4]
-    assert list(held_out[0]["held_out"].values()) == [None] * len(held_out[0]["held_out"])
 
 
-def test_the_log_has_the_losses_rate_and_speed_of_steps_and_the_held_out_loss_of_each_depth(monkeypatch, capsys):
+def test_the_log_has_the_losses_and_speed_of_steps_and_the_held_out_loss_of_each_depth(monkeypatch, capsys):
     seconds = [0]
     train_step = train.train_step
     monkeypatch.setattr(train.time, "time", lambda: sum(seconds))
@@ -177,10 +168,9 @@ def test_the_log_has_the_losses_rate_and_speed_of_steps_and_the_held_out_loss_of
     train.train(small(lr=1e-3, log_every=2))
     steps, held_out = log()
     for row, step in zip(steps, (1, 2, 4, 6), strict=True):
-        assert list(row)[:6] == ["step", "lm", "mono", "q", "lr", "grad_norm"]
-        expected = dict(step=step, left_out=0, tokens_per_second=2 * 2 * 32 / 2, seconds_left=2 * (6 - step))
+        assert list(row)[:6] == ["step", "lm", "mono", "q", "grad_norm", "tokens_per_second"]
+        expected = dict(step=step, tokens_per_second=2 * 2 * 32 / 2, seconds_left=2 * (6 - step))
         assert expected.items() <= row.items()
-        assert row["lr"] == pytest.approx(train.learning_rate(small(lr=1e-3), step - 1))
     assert [(row["step"], *row["held_out"]) for row in held_out] == [(step, *"0124") for step in (0, 3, 6)]
     assert held_out[2]["held_out"]["1"] < held_out[0]["held_out"]["1"]  # it learns
     out = capsys.readouterr().out
@@ -191,14 +181,16 @@ def test_the_log_has_the_losses_rate_and_speed_of_steps_and_the_held_out_loss_of
 
 @pytest.mark.parametrize("sure", [True, False])
 def test_a_run_ends_in_a_threshold_that_suits_the_model_and_other_programs_take_it(command, monkeypatch, sure):
-    enough = {0.9: 1.005, 0.95: 1.0} if sure else {}
-    losses = dict.fromkeys(train.THRESHOLDS, 9.0) | {NEVER.threshold: 1.0} | enough
-    monkeypatch.setattr(train, "depth_losses", lambda model, held_out, depths, batch: dict.fromkeys(depths, 1.0))
-    stats = {threshold: dict(loss=loss, mean_passes=2) for threshold, loss in losses.items()}
-    monkeypatch.setattr(train, "exit_stats", lambda model, held_out, loops, halt, batch: stats[halt.threshold])
+    enough = {0.9: 1.005, 0.95: 1.0} if sure else {2.0: 1.0}
+
+    def held_out_losses(model, held_out, batch, depths, halt=None, max_loops=4):
+        losses = dict.fromkeys(depths, 1.0)
+        return losses | ({"exit": enough.get(halt.threshold, 9.0)} if halt else {}), torch.ones(5)
+
+    monkeypatch.setattr(train, "held_out_losses", held_out_losses)
     directory = train.train(small())
     model, _ = convert.load(directory)
-    assert model.config.q_threshold == (0.9 if sure else NEVER.threshold)
+    assert model.config.q_threshold == (0.9 if sure else 2.0)
     _, _, err = command(sample, f"--init={directory}", "--prompt=a", "--max_new_tokens=1")
     assert f"--threshold={model.config.q_threshold}, as the model was trained\n" in err
     convert.save(model, None, "again")
@@ -238,8 +230,8 @@ def test_resume_refuses_what_it_cannot_go_on_with_and_says_the_way_out(command):
     for given in (*fixed, "data=tiny"):
         refused(resume(f"--{given}"), f"--{given.split('=')[0]} cannot change in a resumed run", "leave it out")
     stated = (end / "settings.json").read_text()
-    for of_an_older_version in (stated.replace('"span"', '"through"'), stated.replace('"gate_start": "",', ""), "{}"):
-        (end / "settings.json").write_text(of_an_older_version)
+    for other in (stated.replace('"span"', '"through"'), stated.replace('"steps": 6', '"steps": "6"'), "{}"):
+        (end / "settings.json").write_text(other)
         refused(resume(), "run/step-0000006/settings.json: ")
     (end / "settings.json").write_text(stated)
     (end / "optimizer.pt").write_bytes(b"PK" + bytes(1000))
@@ -268,7 +260,7 @@ def test_a_checkpoint_remembers_its_settings_and_the_files_of_data(command):
     (dict(out="tiny"), "--out=tiny holds a model: name a directory for the run"),
     (dict(out="old"), "old holds a run, at step-0000009: --resume it, or name another --out"),
     (dict(supervised=6), "--supervised=6 of --max_loops=4: expected K, 1 to B"),
-    (dict(context=65), "--context=65 is more than the model's 64"),
+    (dict(context=65), "65 tokens do not fit the model's context of 64"),
     (dict(data="none.txt"), "none.txt: no file with text"),
     (dict(data="rest.jsonl", val="text.txt"), "nothing is to be learned"),  # but after the last whole window
 ])  # fmt: skip
@@ -283,8 +275,6 @@ def test_keep_checkpoints_stay_and_all_that_the_user_put_there(command):
     assert saved() == ["step-0000003", "step-0000004"]
     run = Path("run")
     shutil.copytree(run / "step-0000004", run / "step-0000004-best")
-    shutil.copytree(run / "step-0000004", run / "step-0000004.new-12ab34cd")  # which a crash leaves, and in it
-    (run / "step-0000004.new-12ab34cd" / ".tmpEkQV6").touch()  # what safetensors writes before model.safetensors
     (run / "step-0000001").symlink_to(Path("tiny").resolve())
     (run / "step-0000002").write_text("mine, and no directory")
     (run / "step-0000003" / "samples.txt").write_text("mine")
@@ -297,7 +287,7 @@ def test_keep_checkpoints_stay_and_all_that_the_user_put_there(command):
     assert [line.split(": ")[0] for line in err.splitlines()] == ["run/step-0000002 stays"] * 2
 
 
-# ---- Signals, and two runs at once
+# ---- Signals
 def interrupted(s, line, number, meanwhile=lambda: None):
     """Train in another process and, when it has printed this line, send it a signal. → exit code, standard error"""
     pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
@@ -320,15 +310,11 @@ def test_a_signal_during_a_step_saves_what_is_done_and_says_how_to_go_on(command
     assert [row["step"] for row in log()[0]] == list(range(1, step + 3))
 
 
-def test_a_signal_before_the_first_step_saves_nothing_and_until_then_no_other_run_may_write_there(command):
-    tried = []
+def test_a_signal_before_the_first_step_saves_nothing_and_says_so():
     s = small(val="text.txt", eval_tokens=10**6)  # whose first evaluation takes seconds
-    other = partial(command, train, *flags(small()))
-    ended = interrupted(s, "loop: 1 + 3 + 1 layers", signal.SIGINT, lambda: tried.append(other()) or time.sleep(0.5))
+    ended = interrupted(s, "loop: 1 + 3 + 1 layers", signal.SIGINT, lambda: time.sleep(0.5))
     assert ended == (1, "stopped by a signal after step 0; nothing is saved yet\n")
     assert saved() == []
-    refused(*tried, "another run is writing to run: name another --out")
-    assert other()[0] == 0
 
 
 @pytest.mark.slow
@@ -353,15 +339,6 @@ def test_a_run_that_is_killed_twenty_times_while_it_saves_and_rotates_ends_as_th
 
 
 # ---- Several processes
-@pytest.mark.parametrize("number", [0, 1, "first"])
-def test_variables_of_torchrun_without_the_other_processes_end_in_one_line(command, monkeypatch, number):
-    for name, value in zip(train.LAUNCH, (number, 2, "127.0.0.1", 29531)):
-        monkeypatch.setenv(name, str(value))
-    shortly = train.timedelta(seconds=0.3)
-    monkeypatch.setattr(train, "timedelta", lambda **_: shortly)  # instead of five minutes
-    refused(command(train, *flags(small())), "torchrun's variables (unset them to run in one process): ")
-
-
 PROGRAM = """
 import sys, convert, train
 tokenise, save_checkpoint = convert.tokenise, train.save_checkpoint
