@@ -317,13 +317,13 @@ INDEX = "model.safetensors.index.json"
 
 
 def shards(directory):
-    """The weight files of a checkpoint, by its index or their names. They lie beside the index, whatever it states."""
+    """The weight files of a checkpoint, by its index. They lie beside the index, whatever it states."""
     if (directory / WEIGHTS).exists():
         return [directory / WEIGHTS]
     with reading(directory / INDEX):
         names = read_json(directory / INDEX).get("weight_map", {}).values()
         listed = {directory / Path(name).name for name in names}
-    return sorted(listed or directory.glob("model-*-of-*.safetensors")) or [directory / WEIGHTS]
+    return sorted(listed) or [directory / WEIGHTS]
 
 
 def read_tensors(directory):
@@ -1019,10 +1019,9 @@ def default_cuts(model, tokenizer):
 
 def sample_text(model, tokenizer):
     """Tokens (1, T) to look at a model with: this project's own words or, without a tokenizer, arbitrary tokens."""
+    ids = range(256)
     if tokenizer:
         ids = tokenizer.encode(loopus.__doc__)
-    else:
-        ids = [i * 7919 for i in range(256)]
     ids = ids[: min(256, model.config.block_size)]
     return torch.tensor([ids], device=model.wte.weight.device) % model.config.vocab_size
 
@@ -1145,9 +1144,10 @@ def progress(items, what, total, size=lambda item: 1):
     for item in items:
         yield item
         done += size(item)
-        if sys.stderr.isatty() and done > 0:
-            left = (time.time() - begun) * max(0, total / done - 1) / 60
-            print(f"\r\x1b[K{what}: {done / max(total, done):.0%}, {left:.1f} minutes left\r", end="", file=sys.stderr)
+        share = min(1, (done + 1) / (total + 1))
+        if sys.stderr.isatty():
+            left = (time.time() - begun) * (1 / share - 1) / 60
+            print(f"\r\x1b[K{what}: {share:.0%}, {left:.1f} minutes left\r", end="", file=sys.stderr)
     if sys.stderr.isatty():
         print("\r\x1b[K", end="", file=sys.stderr)
 

@@ -22,14 +22,14 @@ import convert
 import loopus
 from convert import flag, refuse
 from eval import accuracy_by_kind, held_out, replies
-from loopus import Block, Halt, InputError, Positions
+from loopus import Halt, InputError, Positions
 
 TINTS = (75, 79, 114, 150, 186, 215, 209, 203)  # terminal colours from cool, few passes, to warm, many
 
 
 @dataclass
 class Settings(convert.Inference):
-    """Continue a prompt with a looped model; on a CPU, unless --dtype says otherwise, in fp32 where it is compiled."""
+    """Continue a prompt with a looped model."""
 
     prompt: str = flag("", "text to continue; empty: what training held out, then asked for, or read from a pipe")
     max_new_tokens: int = flag(200, "tokens to write, unless the text ends before", 1)
@@ -132,12 +132,11 @@ def candidates(model, tokenizer, h):
 @torch.no_grad()
 def trace(model, tokenizer, prompt, s):
     """One row per pass for the token after the prompt: confidence q, step length ‖h^{b+1} − h^b‖₂, mean α, and the
-    likeliest tokens. No token is stopped; where the rule first holds is marked."""
+    likeliest tokens. No token is stopped; where the rule holds is marked."""
     h = model.encode(torch.tensor([tokenizer.start(prompt)], device=model.wte.weight.device))
     print(f"pass  {'q':>5}  {'step':>8}  {'α':>5}  candidates")
     print(f"base{'':22}{candidates(model, tokenizer, model.propose(h))}")
     log_doubt = 0.0
-    mark = "  ← exit"
     for b in range(1, s.max_loops + 1):
         proposed = model.propose(h)
         alpha = model.gate.alpha(proposed - h)[0, -1].float().mean()
@@ -148,8 +147,7 @@ def trace(model, tokenizer, prompt, s):
         line = f"{b:>4}  {q:5.3f}  {step:8.2f}  {alpha:5.3f}{candidates(model, tokenizer, h)}"
         stops, log_doubt = s.rule().stops(model, b, h_before, h, log_doubt)
         if stops[0, -1]:
-            line += mark
-            mark = ""
+            line += "  ← exit"
         print(line)
 
 
@@ -167,19 +165,6 @@ class SumLinear(torch.nn.Linear):
         return y.type_as(x)
 
 
-def attend_with_sums(q, k, v, mask):
-    """`Block.attend` for one token in a cache, T = 1."""
-    B, T, n, hd = q.shape
-    if T > 1 or mask is None:
-        return Block.attend(q, k, v, mask)
-    m = k.size(2)
-    q = q.view(B, 1, m, n // m, hd)
-    scores = (q * k[:, :, :, None]).sum(dim=-1) * hd**-0.5  # (B, S, m, n/m)
-    scores = scores.masked_fill(~mask[:, 0, 0, :, None, None], -torch.inf)
-    y = (scores.softmax(dim=1)[..., None] * v[:, :, :, None]).sum(dim=1)
-    return y.view(B, 1, n, hd)
-
-
 def compiled_for_one_token(plain, compiled, x, at, kv=None):
     if x.size(1) == 1:
         return compiled(x, at, kv)
@@ -191,8 +176,6 @@ def compile_step(model):
     positions and numbers of texts. Prompts run as before. On a CPU, sums take the place of the products."""
     if model.wte.weight.device.type == "cpu":
         for module in [*model.layers().modules(), model.lm_head]:
-            if isinstance(module, Block):
-                module.attend = attend_with_sums
             if isinstance(module, torch.nn.Linear):
                 module.__class__ = SumLinear
     # A norm is to be stored before a matrix reads it, not computed again for each row of the matrix.
@@ -254,9 +237,9 @@ def record_step(model):
 MUCH_TO_READ = 100e9  # weights, as 124 tokens of SmolLM2-135M at 8 passes read: then the first compiling has paid
 
 
-def made_fast(model, s, dtype):
+def made_fast(model, s):
     """The model made fast to write with, sharing its weights: its step compiled, where --compile says so or, if it says
-    nothing, where that pays on this CPU; else in `dtype`, on a GPU recorded. Where compiling fails, a line says why."""
+    nothing, where that pays on a CPU; else on a GPU recorded. Where compiling fails, a line says why."""
     device = model.wte.weight.device
     compiling = s.compile
     if compiling is None:
@@ -273,7 +256,6 @@ def made_fast(model, s, dtype):
             return compiled
         except Exception as e:  # of many types: of torch, of the compiler, of the disk
             print(f"compiling failed, going on without: {convert.one_line(e):.200}", file=sys.stderr)
-    model.to(dtype)
     record_step(model)
     return model
 
@@ -330,9 +312,6 @@ def main():
     refuse(s.system and not s.chat, "--system without --chat: only a conversation has a system message")
     refuse(s.trace and s.chat, "--trace is of a text, not of a conversation: leave out --chat")
     directory = convert.resolve(s.init)
-    device, dtype = convert.pick_device(s.device, s.dtype)
-    if device.type == "cpu":
-        s.dtype = s.dtype or "fp32"  # compiled, as fast as memory or nearly; bf16 may beat it
     model, tokenizer = s.load(directory)
     unknown = s.chat and tokenizer.template is None
     refuse(unknown, "the model has no chat template that we know: expected ChatML, Llama 3's or Phi-4's")
@@ -340,7 +319,7 @@ def main():
         for prompt in inputs(s):
             trace(model, tokenizer, prompt, s)
         return
-    model = made_fast(model, s, dtype)
+    model = made_fast(model, s)
     if s.chat:
         conversation = Conversation(model, tokenizer, s)
         for question in inputs(s):

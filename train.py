@@ -433,9 +433,7 @@ def train(s):
     run = setup(s)
     with first_process_first():
         tokens, held_out = convert.load_data(run.files, s.val, run.tokenizer)
-    targets = tokens[1 : (len(tokens) - 1) // s.context * s.context + 1]
-    empty = len(targets) == 0 or targets.max() < 0
-    refuse(empty, f"--data: nothing is to be learned in whole contexts of {s.context} tokens: give more")
+    refuse(len(tokens) <= s.context, f"--data: {len(tokens)} tokens do not fill a context of {s.context}: give more")
     held_out = convert.windows(held_out, s.context, s.eval_tokens)
     c = run.model.config
     print(f"{s.objective}: {c.encoder_layers} + {c.reasoning_layers} + {c.decoder_layers} layers,", end=" ")
