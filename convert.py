@@ -317,13 +317,13 @@ INDEX = "model.safetensors.index.json"
 
 
 def shards(directory):
-    """The weight files of a checkpoint, by its index. They lie beside the index, whatever it states."""
+    """The weight files of a checkpoint, by its index or their names. They lie beside the index, whatever it states."""
     if (directory / WEIGHTS).exists():
         return [directory / WEIGHTS]
     with reading(directory / INDEX):
         names = read_json(directory / INDEX).get("weight_map", {}).values()
         listed = {directory / Path(name).name for name in names}
-    return sorted(listed) or [directory / WEIGHTS]
+    return sorted(listed or directory.glob("model-*-of-*.safetensors")) or [directory / WEIGHTS]
 
 
 def read_tensors(directory):
@@ -393,7 +393,7 @@ def write_checkpoint(model, tokenizer, directory, format="authors", weights=None
         for tensor_name, part in zip(names, parts):
             tensors[tensor_name] = turned(tensor_name, part).contiguous()
     save_file(tensors, directory / WEIGHTS, metadata={"format": "pt"})
-    (directory / "config.json").write_text(json.dumps(config, indent=2), encoding="utf-8")
+    (directory / "config.json").write_text(json.dumps(config, indent=2))
     for name, content in tokenizer.files.items() if tokenizer else ():
         (directory / name).write_bytes(content)
 
@@ -1023,7 +1023,7 @@ def sample_text(model, tokenizer):
     if tokenizer:
         ids = tokenizer.encode(loopus.__doc__)
     ids = ids[: min(256, model.config.block_size)]
-    return torch.tensor([ids], device=model.wte.weight.device) % model.config.vocab_size
+    return torch.tensor([ids], device=model.device) % model.config.vocab_size
 
 
 @torch.no_grad()

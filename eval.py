@@ -70,7 +70,7 @@ def held_out_losses(model, sequences, batch, depths, halt=None, max_loops=8):
     passes with exit, all of those that are learned."""
     sums = defaultdict(float)
     histogram = torch.zeros(max_loops + 1, dtype=torch.long)
-    for x, y in batches(sequences, batch, model.wte.weight.device):
+    for x, y in batches(sequences, batch, model.device):
         learned = y >= 0
         for column, h, passes in states(model, x, depths, halt, max_loops):
             loss, _ = model.loss(h, y)
@@ -135,7 +135,7 @@ def replies(model, documents, batch, depths, halt=None, max_loops=8):
     groups = [longest_first[start : start + batch] for start in range(0, len(documents), batch)]
     for group in convert.progress(groups, "answering", len(groups)):
         rows = [torch.tensor(documents[i][0][:-1]) for i in group]
-        x = pad_sequence(rows, batch_first=True).to(model.wte.weight.device)  # on the right, which no token sees
+        x = pad_sequence(rows, batch_first=True).to(model.device)  # on the right, which no token sees
         for column, h, passes in states(model, x, depths, halt, max_loops):
             h = model.norm(model.run(model.decoder, h))
             for row, i in enumerate(group):

@@ -247,22 +247,24 @@ class LoopUS(nn.Module):
         for p in self.q_head[1].parameters():
             p.zero_()
 
+    @property
+    def device(self):
+        return self.wte.weight.device
+
     def layers(self):
         return self.encoder + self.reasoning + self.decoder
 
     def positions(self, starts, T):
         """The Positions of T tokens of each text, from `starts` (B ints) on. InputError: beyond the model's context."""
         c = self.config
-        device = self.wte.weight.device
         end = max(starts) + T
         if end > c.block_size:
             raise InputError(f"{end} tokens do not fit the model's context of {c.block_size}: shorten the text")
-        start = torch.tensor(starts, device=device)
-        position = start[:, None] + torch.arange(T, device=device)
+        start = torch.tensor(starts, device=self.device)
+        position = start[:, None] + torch.arange(T, device=self.device)
         if c.rotary is None:
             return Positions(position)
-        turn = torch.tensor(c.rotary, device=device)
-        angle = position[..., None, None] * turn  # (B, T, 1, hd/2)
+        angle = position[..., None, None] * torch.tensor(c.rotary, device=self.device)  # (B, T, 1, hd/2)
         return Positions(position, angle.cos(), angle.sin())
 
     def run(self, stack, h, at=None, cache=None):
@@ -320,7 +322,7 @@ class LoopUS(nn.Module):
         """Keys and values of `size` positions: (layers, 2, texts, size, m, hd) for E, for M at each pass, and for D."""
         shape = (2, texts, size, self.config.n_kv_head, self.config.head_dim)
         stacks = [self.encoder, *[self.reasoning] * max(1, max_loops), self.decoder]
-        like = {"dtype": self.wte.weight.dtype, "device": self.wte.weight.device}
+        like = {"dtype": self.wte.weight.dtype, "device": self.device}
         return [torch.zeros(len(stack), *shape, **like) for stack in stacks]
 
     @torch.no_grad()
@@ -379,7 +381,7 @@ class LoopUS(nn.Module):
             for rows in alike.values():
                 starts = [cached[i] for i in rows]
                 unread = [texts[i][cached[i] :] for i in rows]
-                idx = torch.tensor(unread, device=self.wte.weight.device)
+                idx = torch.tensor(unread, device=self.device)
                 logits, depth = self.advance(idx, starts, cache, max_loops, halt, rows)
                 for i, token, passes in zip(rows, draw(logits).tolist(), depth[:, -1].tolist()):
                     cached[i] = len(texts[i])
@@ -398,7 +400,7 @@ class LoopUS(nn.Module):
         halt = halt or Halt(threshold=threshold)
         draw = partial(sample, temperature=temperature, top_k=top_k, top_p=top_p, generator=generator)
         steps = list(self.stream(prompts, max_new_tokens, max_loops, halt, draw, ends))
-        steps = torch.tensor(steps, dtype=torch.long, device=self.wte.weight.device)
+        steps = torch.tensor(steps, dtype=torch.long, device=self.device)
         tokens, depths = steps.view(-1, len(prompts), 2).permute(2, 1, 0)  # (B, max_new_tokens) each
         if torch.is_tensor(idx):
             return torch.cat((idx, tokens), dim=1), depths

@@ -45,7 +45,7 @@ class Settings(convert.Inference):
 
 def drawing(model, s):
     """The function logits → tokens of these settings."""
-    generator = torch.Generator(model.wte.weight.device).manual_seed(s.seed)
+    generator = torch.Generator(model.device).manual_seed(s.seed)
     return partial(loopus.sample, temperature=s.temperature, top_k=s.top_k, top_p=s.top_p, generator=generator)
 
 
@@ -133,7 +133,7 @@ def candidates(model, tokenizer, h):
 def trace(model, tokenizer, prompt, s):
     """One row per pass for the token after the prompt: confidence q, step length ‖h^{b+1} − h^b‖₂, mean α, and the
     likeliest tokens. No token is stopped; where the rule holds is marked."""
-    h = model.encode(torch.tensor([tokenizer.start(prompt)], device=model.wte.weight.device))
+    h = model.encode(torch.tensor([tokenizer.start(prompt)], device=model.device))
     print(f"pass  {'q':>5}  {'step':>8}  {'α':>5}  candidates")
     print(f"base{'':22}{candidates(model, tokenizer, model.propose(h))}")
     log_doubt = 0.0
@@ -174,7 +174,7 @@ def compiled_for_one_token(plain, compiled, x, at, kv=None):
 def compile_step(model):
     """Compile, in place, what one token of each text runs through when it is written: once for all layers, passes,
     positions and numbers of texts. Prompts run as before. On a CPU, sums take the place of the products."""
-    if model.wte.weight.device.type == "cpu":
+    if model.device.type == "cpu":
         for module in [*model.layers().modules(), model.lm_head]:
             if isinstance(module, torch.nn.Linear):
                 module.__class__ = SumLinear
@@ -229,7 +229,7 @@ class Recorded:
 def record_step(model):
     """On a GPU, have what one token of each text runs through recorded when it is written: from then on the model stays
     where it is and as it is cut."""
-    if model.wte.weight.device.type == "cuda":
+    if model.device.type == "cuda":
         for name in ("encode", "propose", "refine", "decode"):
             setattr(model, name, Recorded(getattr(model, name)))
 
@@ -240,7 +240,7 @@ MUCH_TO_READ = 100e9  # weights, as 124 tokens of SmolLM2-135M at 8 passes read:
 def made_fast(model, s):
     """The model made fast to write with, sharing its weights: its step compiled, where --compile says so or, if it says
     nothing, where that pays on a CPU; else on a GPU recorded. Where compiling fails, a line says why."""
-    device = model.wte.weight.device
+    device = model.device
     compiling = s.compile
     if compiling is None:
         work = s.max_new_tokens * max(1, s.max_loops) * sum(p.numel() for p in model.reasoning.parameters())

@@ -132,7 +132,7 @@ def make_optimizer(model, s):
             matrix = p.dim() > 1
             group = {"params": [], "weight_decay": 0.1 * matrix, "new": new}
             groups.setdefault((new, matrix), group)["params"].append(p)
-    fused = model.wte.weight.device.type != "mps"
+    fused = model.device.type != "mps"
     return torch.optim.AdamW(list(groups.values()), lr=s.lr, betas=(0.9, 0.95), fused=fused)
 
 
@@ -296,7 +296,7 @@ def save_checkpoint(run, s):
     with convert.all_or_nothing(directory) as unfinished:
         convert.write_checkpoint(run.model, run.tokenizer, unfinished, weights=weights)
         settings = json.dumps(asdict(s) | {"files": run.files}, indent=2)
-        (unfinished / "settings.json").write_text(settings, encoding="utf-8")
+        (unfinished / "settings.json").write_text(settings)
         torch.save({"step": run.step, "optimizer": optimizer}, unfinished / "optimizer.pt")
     for old in checkpoints(s.out)[: -s.keep]:
         remove_checkpoint(old)
@@ -383,7 +383,7 @@ def write_log(run, s, **values):
     record = {"step": run.step, **values}
     print("  ".join(f"{name} {value}" for name, value in record.items()), flush=True)
     if rank() == 0:
-        with open(Path(s.out, "log.jsonl"), "a", encoding="utf-8") as file:
+        with open(Path(s.out, "log.jsonl"), "a") as file:
             file.write(json.dumps(record) + "\n")
 
 
@@ -414,7 +414,7 @@ def conclude(run, s, held_out):
         return
     _, config = convert.config_to_write(run.model.config, "authors", torch.float32)
     with convert.all_or_nothing(last_checkpoint(s)) as unfinished:
-        (unfinished / "config.json").write_text(json.dumps(config, indent=2), encoding="utf-8")
+        (unfinished / "config.json").write_text(json.dumps(config, indent=2))
     path = Path(s.out, "log.jsonl")
     with convert.reading(path):
         records = [record for record in convert.read_records(path) if "held_out" in record]
@@ -518,7 +518,7 @@ def write_lists(path, count, lengths, seed):
     """Write `count` documents, of chains of each of these lengths in turn."""
     chance = np.random.default_rng(seed)
     lines = [json.dumps(list_document(chance, lengths[i % len(lengths)])) + "\n" for i in range(count)]
-    path.write_text("".join(lines), encoding="utf-8")
+    path.write_text("".join(lines))
 
 
 def list_tokenizer():
@@ -640,7 +640,7 @@ def join_processes():
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     dist.init_process_group(timeout=timedelta(hours=1))  # in which the first one downloads and tokenises
     if rank() > 0:
-        sys.stdout = open(os.devnull, "w", encoding="utf-8")
+        sys.stdout = open(os.devnull, "w")
 
 
 def main():

@@ -121,6 +121,12 @@ def test_each_tensor_keeps_its_type_and_a_stored_head_is_taken_whatever_the_conf
     torch.testing.assert_close(weights(tmp_path / "out"), weights(directory), **EXACT)
 
 
+def test_shards_without_an_index_are_read_by_their_names():
+    directory = changed("qwen3")
+    (directory / convert.INDEX).unlink()
+    assert_golden(convert.load(directory)[0], "qwen3")
+
+
 @pytest.mark.parametrize(
     "change, named",
     [

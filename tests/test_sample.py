@@ -90,8 +90,9 @@ def test_a_trace_has_the_numbers_of_plain_calls_and_marks_where_the_rule_holds(w
             q = torch.sigmoid(model.confidence(h))[0, -1].item()
             expected = [q, (alpha * delta)[0, -1].norm().item(), alpha[0, -1].mean().item()]
             assert [float(word) for word in row.split()[1:4]] == pytest.approx(expected, abs=0.006)
-            sure.append(q >= 0.5)
-    assert [b for b, row in enumerate(rows) if row.endswith("  ← exit")] == [b for b, stops in enumerate(sure, start=1) if stops]
+            if q >= 0.5:
+                sure.append(b)
+    assert [b for b, row in enumerate(rows) if row.endswith("  ← exit")] == sure
 
 
 # ---- Without a prompt: what training held out
