@@ -235,7 +235,8 @@ def measure_losses(s):
     for row in rows:
         print("{passes:>8} {mean_passes:6.2f} {loss:8.4f} {perplexity:11.3f} {bits_per_byte:10.4f}".format(**row))
     print(f"\npasses taken with exit, {s.rule()}")
-    for b, share in enumerate((histogram / histogram.sum()).tolist()):
+    shares_taken = (histogram / histogram.sum()).tolist()
+    for b, share in enumerate(shares_taken[1:], start=1):
         print(f"{b:>8} {'█' * round(40 * share):40} {share:6.1%}")
     if shares:
         print_accuracy(shares)

@@ -259,7 +259,7 @@ class LoopUS(nn.Module):
         c = self.config
         end = max(starts) + T
         if end > c.block_size:
-            raise InputError(f"{end} tokens do not fit the model's context of {c.block_size}: shorten the text")
+            raise InputError(f"{end} tokens do not fit the model's context of {c.block_size}: give fewer")
         start = torch.tensor(starts, device=self.device)
         position = start[:, None] + torch.arange(T, device=self.device)
         if c.rotary is None:
@@ -410,7 +410,7 @@ class LoopUS(nn.Module):
 def sample(logits, temperature=1.0, top_k=None, top_p=None, generator=None):
     """Draw tokens (B,) from logits (B, V), among the fewest of the top_k likeliest that reach the probability top_p."""
     if not logits.isfinite().all():
-        raise InputError("the model's logits are not finite: are its weights damaged?")
+        raise InputError("the model's logits are not finite: are its weights or its config.json damaged?")
     if temperature < 0 or (top_k is not None and top_k < 1):
         raise InputError(f"temperature={temperature} and top_k={top_k}: expected at least 0 and at least 1")
     if temperature < 1e-6:  # float32 cannot divide by much less
