@@ -18,7 +18,7 @@ import sys
 import tempfile
 import time
 import unicodedata
-from argparse import SUPPRESS, ArgumentParser, ArgumentTypeError, BooleanOptionalAction
+from argparse import SUPPRESS, ArgumentParser, BooleanOptionalAction
 from array import array
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -66,6 +66,11 @@ def read_json(path):
         return {}
     with reading(path):
         return dict(json.loads(path.read_text(encoding="utf-8-sig")))
+
+
+def listed(x):
+    """x where it is a list, else a list of x alone."""
+    return x if isinstance(x, list) else [x]
 
 
 def expand(path):
@@ -189,7 +194,6 @@ def read_family(base):
     values.setdefault("n_kv_head", values["n_head"])
     values.setdefault("head_dim", values["n_embd"] // values["n_head"])
     values.setdefault("n_inner", 4 * values["n_embd"])
-    refuse(values["n_head"] % values["n_kv_head"], "the heads are not a multiple of the key/value heads")
     windowed = raw.get("use_sliding_window") and raw.get("sliding_window", math.inf) < values["block_size"]
     refuse(windowed, "a sliding window is not supported: expected attention to all earlier tokens")
     if "rotary" not in values:
@@ -267,10 +271,7 @@ def stored_names(model, family):
             j, module = place
             prefix = family.layer.format(stack=stack, j=j, i=first[stack] + int(j))
         if module in family.modules:
-            modules = family.modules[module]
-            if isinstance(modules, str):
-                modules = [modules]
-            stored[name] = [f"{prefix}{stored_module}.{leaf}" for stored_module in modules]
+            stored[name] = [f"{prefix}{stored_module}.{leaf}" for stored_module in listed(family.modules[module])]
     return stored
 
 
@@ -293,7 +294,7 @@ def read_model(directory, family, config, tied, device, dtype):
         odd = sorted(wanted ^ tensors.keys())
         refuse(odd, f"{', '.join(odd[:3])}: in one of them, but not in the other")
         state = {}
-        for name, parameter in progress(model.named_parameters(), "loading", len(model.state_dict())):
+        for name, parameter in progress(model.named_parameters(), "loading", len(stored)):
             if name in stored:
                 with reading(stored[name]):
                     parts = [turned(tensor_name, tensors[bare(tensor_name)][:]) for tensor_name in stored[name]]
@@ -320,10 +321,10 @@ def shards(directory):
     """The weight files of a checkpoint, by its index or their names. They lie beside the index, whatever it states."""
     if (directory / WEIGHTS).exists():
         return [directory / WEIGHTS]
+    index = read_json(directory / INDEX)
     with reading(directory / INDEX):
-        names = read_json(directory / INDEX).get("weight_map", {}).values()
-        listed = {directory / Path(name).name for name in names}
-    return sorted(listed or directory.glob("model-*-of-*.safetensors")) or [directory / WEIGHTS]
+        named = {directory / Path(name).name for name in index.get("weight_map", {}).values()}
+    return sorted(named or directory.glob("model-*-of-*.safetensors")) or [directory / WEIGHTS]
 
 
 def read_tensors(directory):
@@ -682,7 +683,7 @@ class Tokenizer:
         for config in configs[1:]:
             config = config.get("base_config_dict", config)  # of a looped checkpoint
             i = config.get(f"{name}_token_id")
-            ids += i if isinstance(i, list) else [i]
+            ids += listed(i)
         return [i for i in ids if i in self.content]
 
     def encode(self, text, typed=False, first=True):
@@ -739,8 +740,7 @@ def load_tokenizer(src, vocab_size=math.inf):
         known = [token for token in tokens if token["id"] < vocab_size]
         if len(known) < len(tokens):
             print(f"{directory}: the model lacks {len(tokens) - len(known)} of the added tokens", file=sys.stderr)
-        files = [directory / name for name in TOKENIZER_FILES]
-        files = {file.name: file.read_bytes() for file in files if file.exists()}
+        files = {name: (directory / name).read_bytes() for name in TOKENIZER_FILES if (directory / name).exists()}
         tokenizer = Tokenizer(spec | {"added_tokens": known}, configs, files)
         too_many = tokenizer.n_vocab > vocab_size
         refuse(too_many, f"it has {tokenizer.n_vocab} tokens, and the model {vocab_size}: is it another model's?")
@@ -849,8 +849,7 @@ def segments_of(record, tokenizer):
             learned = message["role"] == "assistant" and 0 not in (message.get("weight"), message.get("train"))
             segments += template.segments(message["role"], message["content"], learned)
     elif prompt is not None and completion is not None:
-        prompts = prompt if isinstance(prompt, list) else [prompt]
-        completions = completion if isinstance(completion, list) else [completion]
+        prompts, completions = listed(prompt), listed(completion)
         refuse(len(prompts) != len(completions), f"{len(prompts)} prompts and {len(completions)} completions")
         for pair in zip(prompts, completions):
             segments += [Segment(pair[0], False), Segment(pair[1], True)]
@@ -916,9 +915,9 @@ def map_tokens(path, tokenizer):
             tokens = np.memmap(path, np.uint16 if tokenizer.n_vocab <= 1 << 16 else np.uint32, "r")
             wider = len(tokens) > 3 and not tokens[1:4096:2].any()
             refuse(wider, f"every other id is 0: expected {tokens.dtype}; write wider integers with numpy.save")
-        numbers = tokens.ndim == 1 and tokens.dtype.kind in "iu"
-        fit = numbers and tokens.min() >= 0 and tokens.max() < tokenizer.n_vocab
-        found = f"it holds {tokens.dtype} of shape {tokens.shape}, from {tokens.min()} to {tokens.max()}"
+        least, most = tokens.min(), tokens.max()
+        fit = tokens.ndim == 1 and tokens.dtype.kind in "iu" and 0 <= least <= most < tokenizer.n_vocab
+        found = f"it holds {tokens.dtype} of shape {tokens.shape}, from {least} to {most}"
         refuse(not fit, f"{found}: expected a list of ids below {tokenizer.n_vocab}, as the tokenizer has")
         return tokens
 
@@ -929,8 +928,7 @@ def load_tokens(files, tokenizer):
     refuse(tokenizer is None, "the model has no tokenizer.json: text cannot be read or written without one")
     hold_ids = [file.suffix.lower() in (".bin", ".npy") for file in files]
     if any(hold_ids):
-        mixed = f"{files[0].parent} has ids (.bin, .npy) and other files: name one kind, as by a glob"
-        refuse(not all(hold_ids), mixed)
+        refuse(not all(hold_ids), f"{files[0].parent} has ids (.bin, .npy) and other files: name one kind by a glob")
         parts = [map_tokens(file, tokenizer) for file in files]
         return parts[0] if len(parts) == 1 else np.concatenate(parts)
     stamp = [tokenizer.spec, tokenizer.begin, tokenizer.end_of_text, tokenizer.template]
@@ -938,9 +936,10 @@ def load_tokens(files, tokenizer):
     path = cache_dir() / f"{hashlib.sha256(repr(stamp).encode()).hexdigest()}.int32"
     if not path.exists():
         tokenise(files, tokenizer, path)
-    empty = path.stat().st_size == 0 or np.memmap(path, np.int32, "r").max() < 0
-    refuse(empty, f'nothing is to be learned in {files[0]}: give "text", or what an "assistant" says')
-    return np.memmap(path, np.int32, "r")
+    with reading(files[0]):
+        tokens = np.memmap(path, np.int32, "r")  # ValueError: it is empty
+        refuse(tokens.max() < 0, 'nothing is to be learned: give "text", or what an "assistant" says')
+        return tokens
 
 
 def find_files(data):
@@ -994,7 +993,7 @@ def windows(tokens, context, limit):
     wanted = max(1, min(count, limit // context))
     starts = np.linspace(0, count - 1, wanted).astype(int) * context
     inputs, targets = rows(tokens, starts, context)
-    nothing = f"nothing is to be learned in {targets.numel()} held-out tokens: read more, or give --val"
+    nothing = f"nothing is to be learned in {targets.numel()} held-out tokens: read more, or other text"
     refuse(targets.max() < 0, nothing)
     return inputs, targets
 
@@ -1012,9 +1011,7 @@ PAPER_CUTS = {  # Fig. 16, 17: (layers, width) of the model → (encoder layers,
 def default_cuts(model, tokenizer):
     """→ encoder and decoder layers: the paper's cut where it has cut a model of this size, else `choose_cuts`."""
     size = (model.config.n_layer, model.config.n_embd)
-    if size in PAPER_CUTS:
-        return PAPER_CUTS[size]
-    return choose_cuts(layer_distances(model, sample_text(model, tokenizer)))
+    return PAPER_CUTS.get(size) or choose_cuts(layer_distances(model, sample_text(model, tokenizer)))
 
 
 def sample_text(model, tokenizer):
@@ -1076,7 +1073,7 @@ def parse(settings, *positional):
     parser = ArgumentParser(description=settings.__doc__, allow_abbrev=False, argument_default=SUPPRESS)
     parser.error = lambda message: refuse(True, f"{message}; --help lists all flags")
     for setting in fields(settings):
-        help, least, choices = setting.metadata.values()
+        help, _, choices = setting.metadata.values()
         help = f"{help} (default {setting.default!r})".replace("%", "%%")
         if setting.name in positional:
             parser.add_argument(setting.name, help=help, nargs="?")
@@ -1084,20 +1081,14 @@ def parse(settings, *positional):
             parser.add_argument(f"--{setting.name}", help=help, action=BooleanOptionalAction)
         else:
             metavar = "|".join(choices or [setting.type.__name__.upper()])
-            value = partial(checked, setting.type, least)
-            parser.add_argument(f"--{setting.name}", help=help, type=value, choices=choices, metavar=metavar)
-    return vars(parser.parse_args())
-
-
-def checked(kind, least, text):
-    """A flag's text as that kind of value. ArgumentTypeError: it is none, or out of range."""
-    try:
-        value = kind(text)
-    except ValueError:
-        raise ArgumentTypeError(f"{text!r}: expected {kind.__name__}") from None
-    if least is not None and not least <= value < 1 << 31:
-        raise ArgumentTypeError(f"{text}: expected at least {least}, and less than 2^31")
-    return value
+            parser.add_argument(f"--{setting.name}", help=help, type=setting.type, choices=choices, metavar=metavar)
+    given = vars(parser.parse_args())
+    for setting in fields(settings):
+        least = setting.metadata["least"]
+        value = given.get(setting.name, least)
+        out_of_range = least is not None and not least <= value < 1 << 31
+        refuse(out_of_range, f"--{setting.name}={value}: expected at least {least}, and less than 2^31")
+    return given
 
 
 def run(main):
@@ -1112,7 +1103,7 @@ def run(main):
         sys.exit(f"error: {one_line(e)}")
     except (MemoryError, torch.OutOfMemoryError):
         sys.exit("error: out of memory: turn down --batch or --context, or turn on train.py's --checkpointing")
-    except (KeyboardInterrupt, EOFError):  # Ctrl-C, or Ctrl-D at a prompt
+    except KeyboardInterrupt:
         print("\ninterrupted", file=sys.stderr, flush=True)
         os._exit(1)  # without waiting for what other threads still do
 
@@ -1163,7 +1154,7 @@ class Inference:
     epsilon: float = flag(1.0, "for convergence: length of a step at which it stops (paper: 0.1 … 100)", 0)
     min_loops: int = flag(1, "fewest passes per token", 1)
     device: str = flag("", "cpu, cuda or mps; empty: the best there is")
-    dtype: str = flag("", "empty: bf16 where the device is good at it", None, tuple(DTYPES))
+    dtype: str = flag("", "empty: bf16 where the device is good at it", None, DTYPES)
 
     def rule(self):
         return Halt(self.halt, self.threshold, self.epsilon, self.min_loops)
@@ -1182,13 +1173,13 @@ class Inference:
 # ---- convert.py itself
 @dataclass
 class Settings:
-    """Write a pretrained model as a LoopUS checkpoint, or show where --profile would cut it."""
+    """Write a pretrained model as a LoopUS checkpoint, or with --profile show where it would be cut."""
 
     src: str = flag("", "hub name or directory of the model")
     out: str = flag("", "directory to write")
     format: str = flag("authors", "looped, as its authors have it; hf: unlooped, for any tool", None, ("authors", "hf"))
     profile: bool = flag(False, "show how much each layer changes the state, and the cuts")
-    encoder_layers: int = flag(-1, "layers before the loop; -1: the paper's cut, or by the profile")
+    encoder_layers: int = flag(-1, "layers before the loop; -1: as it is cut, by the paper, or by its layer profile")
     decoder_layers: int = flag(-1, "layers after the loop; -1: likewise")
 
 
@@ -1202,7 +1193,7 @@ def main():
     if s.profile:
         distances = layer_distances(model, sample_text(model, tokenizer))
         print("1 − cos between the states that enter and leave each layer")
-        for layer, distance in enumerate(distances / max(1e-9, distances.max())):
+        for layer, distance in enumerate(distances / distances.max()):
             print(f"layer {layer:>2}  {distances[layer]:6.3f}  {'█' * round(50 * distance.item())}")
         encoder, decoder = choose_cuts(distances)
         print(f"by the rule: encoder {encoder}, decoder {decoder}; taken: {len(model.encoder)}, {len(model.decoder)}")

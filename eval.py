@@ -53,13 +53,14 @@ def batches(sequences, size, device):
 def states(model, x, depths, halt=None, max_loops=8):
     """(column, state (B, T, C), passes (B, T)) of tokens x (B, T): after each number of passes in `depths`, of which 0
     is the ungated pass, and with `halt`, as "exit"."""
-    h = model.encode(x)
-    if 0 in depths:
-        yield 0, model.propose(h), torch.zeros_like(x)
-    for b in range(1, max(depths, default=0) + 1):
-        h = model.refine(h)
-        if b in depths:
-            yield b, h, torch.full_like(x, b)
+    if depths:
+        h = model.encode(x)
+        if 0 in depths:
+            yield 0, model.propose(h), torch.zeros_like(x)
+        for b in range(1, max(depths) + 1):
+            h = model.refine(h)
+            if b in depths:
+                yield b, h, torch.full_like(x, b)
     if halt:
         yield "exit", *early_exit(model, x, max_loops, halt)
 
@@ -177,8 +178,8 @@ def held_out(directory, tokenizer, block_size, data=""):
     val = data
     if not data:
         path = directory / "settings.json"
+        trained = convert.read_json(path)
         with convert.reading(path):
-            trained = convert.read_json(path)
             refuse("files" not in trained, "it does not say what text the model was trained on: give --data")
             files, val = trained["files"], trained["val"]
     if val:

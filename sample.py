@@ -135,7 +135,7 @@ def trace(model, tokenizer, prompt, s):
     likeliest tokens. No token is stopped; where the rule holds is marked."""
     h = model.encode(torch.tensor([tokenizer.start(prompt)], device=model.device))
     print(f"pass  {'q':>5}  {'step':>8}  {'α':>5}  candidates")
-    print(f"base{'':22}{candidates(model, tokenizer, model.propose(h))}")
+    print(f"base{'':24}{candidates(model, tokenizer, model.propose(h))}")
     log_doubt = 0.0
     for b in range(1, s.max_loops + 1):
         proposed = model.propose(h)
@@ -289,8 +289,8 @@ def show_held_out(model, tokenizer, directory, s):
 
 # ---- The program
 def inputs(s, trained=False):
-    """What is to be continued or answered: --prompt, or each line that is typed, or what comes from a pipe. "": show
-    what training held out, at a terminal before anything is asked."""
+    """What is to be continued or answered: --prompt, or each line that is typed, or what comes from a pipe. "", at a
+    terminal before anything is asked, or of an empty pipe: what training held out."""
     if s.prompt:
         yield s.prompt
     elif sys.stdin.isatty():

@@ -54,7 +54,7 @@ class Settings:
     )
     init: str = flag("", "model to start from: hub name or directory; empty: the whole story from nothing, see above")
     data: str = flag("python", "text, .jsonl, .bin, … , a directory, a glob; python: its standard library's source")
-    val: str = flag("", "held-out text; empty: every 20th file of --data, or the last 20th of a single one")
+    val: str = flag("", "held-out text; empty: every 20th file of --data or, of fewer, the last 20th of the text")
     out: str = flag("out/loop", "directory of the run: checkpoints and log.jsonl")
     resume: bool = flag(False, "go on from the newest checkpoint in --out, with the settings it was started with")
     objective: str = flag("loop", "or lm: train the model unlooped, as the control", None, ("loop", "lm"))
@@ -63,8 +63,8 @@ class Settings:
     span: int = flag(1, "passes that a gradient crosses (paper: 1; its authors' code: 2)", 1)
     confidence: str = flag("token", "q's target: per token, or sequence: Eq. 13", None, ("token", "sequence"))
     trains: str = flag("middle", "all but embedding and encoder (paper), or all", None, ("middle", "all"))
-    encoder_layers: int = flag(-1, "layers run once before the loop; -1: the paper's cut, or by the layer profile")
-    decoder_layers: int = flag(-1, "layers run once after the loop; -1: likewise")
+    encoder_layers: int = flag(-1, "layers before the loop; -1: as it is cut, by the paper, or by its layer profile")
+    decoder_layers: int = flag(-1, "layers after the loop; -1: likewise")
     gate_start: str = flag("", "start the gate anew: at α = 0.5, or s4d (the authors')", None, ("0.5", "s4d"))
     steps: int = flag(22888, "optimizer steps (paper: 3B tokens)", 1)
     batch: int = flag(2, "sequences per micro-batch (paper: 2)", 1)
@@ -79,7 +79,7 @@ class Settings:
     eval_tokens: int = flag(16384, "held-out tokens per evaluation", 1)
     keep: int = flag(2, "checkpoints kept", 1)
     device: str = flag("", "cpu, cuda or mps; empty: the best there is")
-    dtype: str = flag("", "to compute in; empty: bf16 where the device is good at it", None, ("bf16", "fp32"))
+    dtype: str = flag("", "to compute in; empty: bf16 where the device is good at it", None, convert.DTYPES)
     compile: bool = flag(False, "compile the layers with torch.compile")
     checkpointing: bool = flag(False, "keep one state per layer, run the layer again in backward: less memory")
     shard: bool = flag(False, "with torchrun: each process holds a share of weights, gradients and moments (FSDP)")
@@ -132,8 +132,7 @@ def make_optimizer(model, s):
             matrix = p.dim() > 1
             group = {"params": [], "weight_decay": 0.1 * matrix, "new": new}
             groups.setdefault((new, matrix), group)["params"].append(p)
-    fused = model.device.type != "mps"
-    return torch.optim.AdamW(list(groups.values()), lr=s.lr, betas=(0.9, 0.95), fused=fused)
+    return torch.optim.AdamW(list(groups.values()), lr=s.lr, betas=(0.9, 0.95), fused=True)
 
 
 def move_gradient(weight, copied):
@@ -235,10 +234,6 @@ def checkpoints(out):
     return sorted(Path(out).glob(convert.STEP))
 
 
-def step_directory(s, step):
-    return Path(s.out, f"step-{step:07d}")
-
-
 def setup(s):
     """→ the Run, new or resumed."""
     device, dtype = convert.pick_device(s.device, s.dtype)
@@ -270,7 +265,7 @@ def setup(s):
 
 
 def restore(run, s, directory):
-    """Put the optimizer and the number of steps where a checkpoint left them. Rates are those of the settings."""
+    """Put the optimizer, the number of steps and the files where a checkpoint left them. Rates are those of s."""
     with convert.reading(f"{directory / 'optimizer.pt'} (without {directory.name}, --resume takes the one before)"):
         saved = torch.load(directory / "optimizer.pt", map_location="cpu", weights_only=True)
         state = saved["optimizer"]["state"]
@@ -290,13 +285,11 @@ def save_checkpoint(run, s):
     weights = whole(run.model.state_dict())
     optimizer = run.optimizer.state_dict()
     optimizer["state"] = {i: whole(moments) for i, moments in optimizer["state"].items()}
-    directory = step_directory(s, run.step)
-    if rank() > 0 or (directory / "optimizer.pt").exists():
+    if rank() > 0:
         return
-    with convert.all_or_nothing(directory) as unfinished:
+    with convert.all_or_nothing(Path(s.out, f"step-{run.step:07d}")) as unfinished:
         convert.write_checkpoint(run.model, run.tokenizer, unfinished, weights=weights)
-        settings = json.dumps(asdict(s) | {"files": run.files}, indent=2)
-        (unfinished / "settings.json").write_text(settings)
+        (unfinished / "settings.json").write_text(json.dumps(asdict(s) | {"files": run.files}, indent=2))
         torch.save({"step": run.step, "optimizer": optimizer}, unfinished / "optimizer.pt")
     for old in checkpoints(s.out)[: -s.keep]:
         remove_checkpoint(old)
@@ -405,16 +398,13 @@ def conclude(run, s, held_out):
         return
     best = min(loss for depth, loss in losses.items() if depth > 0)
     for threshold in THRESHOLDS:
-        halt = Halt(threshold=threshold)
-        exit, histogram = held_out_losses(run.fast, held_out, s.batch, [], halt, s.max_loops)
+        exit, histogram = held_out_losses(run.fast, held_out, s.batch, [], Halt(threshold=threshold), s.max_loops)
         if summed(torch.tensor(int(exit["exit"] <= 1.01 * best))) > 0:  # all processes alike
             break
     run.model.config.q_threshold = threshold
+    save_checkpoint(run, s)
     if rank() > 0:
         return
-    _, config = convert.config_to_write(run.model.config, "authors", torch.float32)
-    with convert.all_or_nothing(last_checkpoint(s)) as unfinished:
-        (unfinished / "config.json").write_text(json.dumps(config, indent=2))
     path = Path(s.out, "log.jsonl")
     with convert.reading(path):
         records = [record for record in convert.read_records(path) if "held_out" in record]
@@ -481,11 +471,8 @@ def take_all_steps(run, s, tokens, held_out):
         if run.step > 0:
             save_checkpoint(run, s)
             going_on = f"--resume --out={s.out} goes on"
-        with suppress(OSError):
-            print(f"stopped by a signal after step {run.step}; {going_on}", file=sys.stderr, flush=True)
+        print(f"stopped by a signal after step {run.step}; {going_on}", file=sys.stderr, flush=True)
         os._exit(1)
-    finally:
-        run.busy = False
 
 
 # ---- The whole story, without --init: linked lists
@@ -579,7 +566,7 @@ def list_trainings(out, given):
 
 def last_checkpoint(s):
     """Where a run of `s` ends."""
-    return step_directory(s, s.steps)
+    return Path(s.out, f"step-{s.steps:07d}")
 
 
 def story(given):
@@ -621,13 +608,12 @@ def resumed(given):
     cannot change in the middle of a run."""
     out = given.get("out", Settings.out)
     refuse(not checkpoints(out), f"--resume: {out} holds no checkpoint; start without --resume, or name another --out")
-    directory = checkpoints(out)[-1]
-    with convert.reading(directory / "settings.json"):
-        saved = convert.read_json(directory / "settings.json")
+    path = checkpoints(out)[-1] / "settings.json"
+    saved = convert.read_json(path)
+    with convert.reading(path):
         saved.pop("files")
-        refuse(saved.keys() != asdict(Settings()).keys(), "another version has written it: train anew")
-        wrong = [name for name, value in saved.items() if type(value) is not type(getattr(Settings, name))]
-        refuse(wrong, f"{wrong} are of another kind")
+        found, expected = ([(name, type(x)) for name, x in d.items()] for d in (saved, asdict(Settings())))
+        refuse(found != expected, "another version has written it, or it is damaged: train anew")
     for name in FIXED:
         changed = given.get(name, saved[name]) != saved[name]
         refuse(changed, f"--{name} cannot change in a resumed run, which has {saved[name]!r}: leave it out")

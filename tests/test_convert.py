@@ -480,7 +480,7 @@ def test_models_of_the_papers_sizes_are_cut_as_in_the_paper_and_others_by_their_
     [
         (convert, "--formats=hf", "--formats=hf"),
         (convert, "--format=gguf", "invalid choice: 'gguf'"),
-        (convert, "--encoder_layers=2.5", "'2.5': expected int"),
+        (convert, "--encoder_layers=2.5", "invalid int value: '2.5'"),
         (sample, "--max_loops=-1", "-1: expected at least 0"),
         (convert, "--profile", "expected: convert.py SRC OUT, or convert.py SRC --profile"),
     ],
