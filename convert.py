@@ -24,7 +24,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields, replace
 from functools import partial
-from itertools import islice
+from itertools import count, islice
 from pathlib import Path
 from typing import NamedTuple
 from urllib.error import HTTPError
@@ -390,7 +390,7 @@ def write_checkpoint(model, tokenizer, directory, format="authors", weights=None
     for name, names in stored_names(model, family).items():
         parts = weights[name].chunk(len(names))
         if len(names) == 3:
-            parts = weights[name].split([len(weights[name]) - 2 * keys, keys, keys])  # queries, keys and values
+            parts = weights[name].tensor_split((-2 * keys, -keys))  # queries, keys and values
         for tensor_name, part in zip(names, parts):
             tensors[tensor_name] = turned(tensor_name, part).contiguous()
     save_file(tensors, directory / WEIGHTS, metadata={"format": "pt"})
@@ -502,9 +502,8 @@ O200K_SPLIT = (
 # fmt: on
 SPLITS = (LLAMA3_SPLIT, LLAMA3_SPLIT.replace("{1,3}", ""), O200K_SPLIT)  # the second: Qwen's
 # Byte-level BPE writes each byte as one printable character: the visible ones of Latin-1 as they are.
-VISIBLE = [*range(33, 127), *range(161, 173), *range(174, 256)]
-HIDDEN = sorted(set(range(256)) - set(VISIBLE))
-BYTE_OF = {chr(b): b for b in VISIBLE} | {chr(256 + i): b for i, b in enumerate(HIDDEN)}
+spare = count(256)  # for the bytes of no visible character
+BYTE_OF = {chr(b if b > 32 and chr(b).isprintable() else next(spare)): b for b in range(256)}
 
 
 def steps_of(node, key):
@@ -536,17 +535,6 @@ def known_split(spec):
     raise LookupError
 
 
-def merge(token, rank_of):
-    """Merge the characters of a token as its file lists it, the pair of the lowest rank first. → the rank of the last
-    merge, and how many parts are left."""
-    parts = list(token)
-    last = -1
-    while merges := [(rank_of[pair], at) for at, pair in enumerate(zip(parts, parts[1:])) if pair in rank_of]:
-        last, at = min(merges)
-        parts[at : at + 2] = [parts[at] + parts[at + 1]]
-    return last, len(parts)
-
-
 class ByteLevel:
     """A byte-level tokenizer.json run by tiktoken. The file lists pairs that merge; tiktoken merges any neighbours that
     are a token together. These are the same, since tiktoken is given only what the listed merges make of a token's own
@@ -564,12 +552,16 @@ class ByteLevel:
             rank_of[tuple(pair)] = rank
         order = dict.fromkeys(BYTE_OF, -1)
         for token in model["vocab"]:
-            rank, parts = merge(token, rank_of)
-            if parts == 1:
-                order[token] = rank
+            parts = list(token)  # of its characters, the pair of the lowest rank merges first
+            last = -1
+            while merges := [(rank_of[pair], at) for at, pair in enumerate(zip(parts, parts[1:])) if pair in rank_of]:
+                last, at = min(merges)
+                parts[at : at + 2] = [parts[at] + parts[at + 1]]
+            if len(parts) == 1:
+                order[token] = last
             elif model.get("ignore_merges"):
                 order[token] = math.inf
-                if parts == 2:
+                if len(parts) == 2:
                     raise LookupError(token)
         tokens = sorted(order, key=order.get)
         numbers = {bytes(BYTE_OF[character] for character in token): n for n, token in enumerate(tokens)}
@@ -607,10 +599,8 @@ class Package:
     """Any other tokenizer.json, read by the tokenizers package. Raises InputError where that is missing."""
 
     def __init__(self, spec):
-        try:
+        with reading('this one needs the tokenizers package: pip install ".[tokenizers]"'):
             from tokenizers import Tokenizer as Reader
-        except ImportError:
-            raise InputError('this one needs the tokenizers package: pip install ".[tokenizers]"') from None
         spec = spec | {"truncation": None, "padding": None}
         special = [token | {"special": True} for token in spec["added_tokens"]]
         typed = Reader.from_str(json.dumps(spec | {"added_tokens": special}))
@@ -693,10 +683,8 @@ class Tokenizer:
 
     def start(self, text):
         """Text → ids with `begin` in front, which a text may also bring along itself; never without any."""
-        ids = self.encode(text)
-        if ids[: len(self.begin)] != self.begin:
-            ids = self.begin + ids
-        return ids or [self.prefix or 0]
+        ids = encode_document([Segment(text, True)], self, self.begin)
+        return ids.tolist() or [self.prefix or 0]
 
     def token_bytes(self, i):
         """The bytes that an id stands for; b"" for ids of no token: a model may be padded to a round size."""
@@ -736,8 +724,14 @@ def load_tokenizer(src, vocab_size=math.inf):
     if not spec:
         return None
     with reading(directory / "tokenizer.json and what is beside it"):
-        tokens = with_added_tokens(spec, configs[0].get("added_tokens_decoder") or {})
-        known = [token for token in tokens if token["id"] < vocab_size]
+        tokens = {token["content"]: token for token in spec.get("added_tokens") or []}
+        vocab = spec["model"]["vocab"]
+        beside = configs[0].get("added_tokens_decoder") or {}
+        for i in sorted(beside, key=int):  # what stands there alone gets the next free id, as in transformers
+            content = beside[i]["content"]
+            free = max([len(vocab), *(1 + token["id"] for token in tokens.values())])
+            tokens.setdefault(content, beside[i] | {"id": vocab.get(content, free)})
+        known = [token for token in tokens.values() if token["id"] < vocab_size]
         if len(known) < len(tokens):
             print(f"{directory}: the model lacks {len(tokens) - len(known)} of the added tokens", file=sys.stderr)
         files = {name: (directory / name).read_bytes() for name in TOKENIZER_FILES if (directory / name).exists()}
@@ -745,18 +739,6 @@ def load_tokenizer(src, vocab_size=math.inf):
         too_many = tokenizer.n_vocab > vocab_size
         refuse(too_many, f"it has {tokenizer.n_vocab} tokens, and the model {vocab_size}: is it another model's?")
         return tokenizer
-
-
-def with_added_tokens(spec, beside):
-    """The added tokens of a tokenizer.json, and those that stand in tokenizer_config.json alone. As transformers does,
-    each of these gets the next free id, in the order of the stated ones."""
-    tokens = {token["content"]: token for token in spec.get("added_tokens") or []}
-    vocab = spec["model"]["vocab"]
-    for i in sorted(beside, key=int):
-        content = beside[i]["content"]
-        free = max([len(vocab), *(1 + token["id"] for token in tokens.values())])
-        tokens.setdefault(content, beside[i] | {"id": vocab.get(content, free)})
-    return tokens.values()
 
 
 # ---- Text: the records of a file → segments, learned or only read → ids → a memory-mapped array → rows
@@ -796,7 +778,6 @@ def find_template(tokenizer):
         stated = tokenizer.stated_template or written
         if all(token in tokenizer.added and token in stated for token in re.findall(r"<\|\w+\|>", written)):
             return template
-    return None
 
 
 RECORD_KEYS = ("messages", "prompt", "completion", "text")
@@ -807,30 +788,24 @@ def read_records(path):
     {"text": its content}."""
     suffix = path.suffix.lower()
     if suffix == ".parquet":
-        yield from read_parquet(path)
+        with reading('reading parquet needs pyarrow: pip install ".[parquet]"'):
+            from pyarrow.parquet import ParquetFile
+        with ParquetFile(path) as file:
+            columns = [name for name in file.schema_arrow.names if name in RECORD_KEYS]
+            for batch in file.iter_batches(columns=columns or None):
+                yield from batch.to_pylist()
     elif suffix in (".json", ".jsonl"):
         with open(path, encoding="utf-8-sig") as lines:
             is_list = lines.read(64).lstrip().startswith("[")
             lines.seek(0)
-            for number, line in enumerate([] if is_list else lines, start=1):
+            if is_list:
+                yield from json.load(lines)  # after which no line is left
+            for number, line in enumerate(lines, start=1):
                 with reading(f"line {number}"):
                     if line.strip():
                         yield json.loads(line)
-            if is_list:
-                yield from json.load(lines)
     else:
         yield {"text": path.read_text(encoding="utf-8-sig")}
-
-
-def read_parquet(path):
-    try:
-        from pyarrow.parquet import ParquetFile
-    except ImportError:
-        raise InputError('reading parquet needs pyarrow: pip install ".[parquet]"') from None
-    with ParquetFile(path) as file:
-        columns = [name for name in file.schema_arrow.names if name in RECORD_KEYS]
-        for batch in file.iter_batches(columns=columns or None):
-            yield from batch.to_pylist()
 
 
 def segments_of(record, tokenizer):
@@ -867,9 +842,8 @@ def encode_document(segments, tokenizer, begin=(), end=()):
     front, unless the document begins so itself, and `end` after it."""
     ids = array("i")
     for segment in segments:
-        first = not ids
-        part = tokenizer.encode(segment.text, segment.typed, first)
-        if first and part[: len(begin)] != begin:
+        part = tokenizer.encode(segment.text, segment.typed, not ids)
+        if not ids and part[: len(begin)] != begin:
             part = [*begin, *part]
         if segment is segments[-1]:
             part = [*part, *end]

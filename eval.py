@@ -50,7 +50,7 @@ def batches(sequences, size, device):
             yield x.to(device), y.to(device)
 
 
-def states(model, x, depths, halt=None, max_loops=8):
+def states(model, x, depths, halt, max_loops):
     """(column, state (B, T, C), passes (B, T)) of tokens x (B, T): after each number of passes in `depths`, of which 0
     is the ungated pass, and with `halt`, as "exit"."""
     if depths:
@@ -228,16 +228,15 @@ def measure_losses(s):
     depths = [depth for depth in DEPTHS if depth <= s.max_loops]
     shares = accuracy_by_kind(model, documents, depths, s.rule(), s.max_loops, s.batch)
     if s.json:
-        histogram = histogram.tolist()
-        print(json.dumps(dict(init=str(directory), depths=rows, histogram=histogram, accuracy=shares)))
+        report = dict(init=str(directory), depths=rows, histogram=histogram.tolist(), accuracy=shares)
+        print(json.dumps(report))
         return
     print(f"{directory}: held-out text; 0 passes: one ungated, as the base runs")
     print(f"{'passes':>8} {'mean':>6} {'loss':>8} {'perplexity':>11} {'bits/byte':>10}")
     for row in rows:
         print("{passes:>8} {mean_passes:6.2f} {loss:8.4f} {perplexity:11.3f} {bits_per_byte:10.4f}".format(**row))
     print(f"\npasses taken with exit, {s.rule()}")
-    shares_taken = (histogram / histogram.sum()).tolist()
-    for b, share in enumerate(shares_taken[1:], start=1):
+    for b, share in enumerate((histogram / histogram.sum()).tolist()[1:], start=1):
         print(f"{b:>8} {'█' * round(40 * share):40} {share:6.1%}")
     if shares:
         print_accuracy(shares)
@@ -255,12 +254,10 @@ def summary(losses, histogram):
 # ---- Benchmarks, §4: the model as lm-evaluation-harness asks for it, at one depth or with exit
 def import_harness():
     """lm-evaluation-harness, which is an optional extra. Raises InputError where it is not installed."""
-    try:
+    with convert.reading('--tasks needs lm-evaluation-harness: pip install ".[eval]"'):
         import lm_eval.api.model
         import lm_eval.tasks
         import lm_eval.utils
-    except ImportError:
-        raise InputError('--tasks needs lm-evaluation-harness, which is missing: pip install ".[eval]"') from None
     return lm_eval
 
 

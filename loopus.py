@@ -99,7 +99,8 @@ def update_cache(kv, k, v, at):
     """Put k, v (B, T, m, hd) of running tokens in kv (2, texts, S, m, hd). → (2, B, S, m, hd); S = T without a mask."""
     place = (slice(None), at.rows[:, None], at.position)
     running = at.running[..., None, None]
-    kv[place] = torch.where(running, torch.stack((k, v)), kv[place])
+    new = torch.stack((k, v))
+    kv[place] = torch.where(running, new, kv[place])
     if len(at.rows) < kv.size(1):
         kv = kv[:, at.rows]
     if at.mask is None:  # whole prompts see only themselves
@@ -137,18 +138,12 @@ class Block(nn.Module):
             k = rotate(k, at.cos, at.sin)
         if kv is not None:
             k, v = update_cache(kv, k, v, at)
-        y = self.attend(q, k, v, at.mask)  # (B, T, n, hd)
-        return self.out(y.reshape(B, T, n * hd))
-
-    @staticmethod
-    def attend(q, k, v, mask):
-        """Attention of q (B, T, n, hd) to k, v (B, S, m, hd) where mask (B, 1, T, S) allows it; without one, causal."""
         q = q.transpose(1, 2)  # (B, n, T, hd)
         k = k.transpose(1, 2)  # (B, m, S, hd)
         v = v.transpose(1, 2)
-        grouped = q.size(1) != k.size(1)
-        y = F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None, enable_gqa=grouped)
-        return y.transpose(1, 2)
+        y = F.scaled_dot_product_attention(q, k, v, at.mask, is_causal=at.mask is None, enable_gqa=n != m)
+        y = y.transpose(1, 2).reshape(B, T, n * hd)
+        return self.out(y)
 
     def mlp(self, x):
         x = self.up(x)
@@ -264,7 +259,8 @@ class LoopUS(nn.Module):
         position = start[:, None] + torch.arange(T, device=self.device)
         if c.rotary is None:
             return Positions(position)
-        angle = position[..., None, None] * torch.tensor(c.rotary, device=self.device)  # (B, T, 1, hd/2)
+        turn = torch.tensor(c.rotary, device=self.device)
+        angle = position[..., None, None] * turn  # (B, T, 1, hd/2)
         return Positions(position, angle.cos(), angle.sin())
 
     def run(self, stack, h, at=None, cache=None):
@@ -350,7 +346,8 @@ class LoopUS(nn.Module):
             part = [field if field is None else field[texts] for field in at._replace(running=running)]
             refined = self.refine(h[texts], Positions(*part), cache[b])
             h_before = h
-            h = torch.where(running[..., None], h.index_copy(0, texts, refined), h)
+            refined = h.index_copy(0, texts, refined)
+            h = torch.where(running[..., None], refined, h)
             depth += running
             stop, log_doubt = halt.stops(self, b, h_before, h, log_doubt)
             running = running & ~stop
@@ -401,7 +398,8 @@ class LoopUS(nn.Module):
         draw = partial(sample, temperature=temperature, top_k=top_k, top_p=top_p, generator=generator)
         steps = list(self.stream(prompts, max_new_tokens, max_loops, halt, draw, ends))
         steps = torch.tensor(steps, dtype=torch.long, device=self.device)
-        tokens, depths = steps.view(-1, len(prompts), 2).permute(2, 1, 0)  # (B, max_new_tokens) each
+        steps = steps.view(-1, len(prompts), 2)
+        tokens, depths = steps.permute(2, 1, 0)  # (B, max_new_tokens) each
         if torch.is_tensor(idx):
             return torch.cat((idx, tokens), dim=1), depths
         return [[*prompt, *more] for prompt, more in zip(prompts, tokens.tolist())], depths
@@ -428,9 +426,9 @@ def sample(logits, temperature=1.0, top_k=None, top_p=None, generator=None):
 
 
 @torch.no_grad()
-def early_exit(model, idx, max_loops, halt, together=False):
+def early_exit(model, idx, max_loops, halt):
     """What early exit means for idx (B, T): a stopped token keeps its state, and all deeper passes see the keys and
-    values of its last one. together: a sequence stops with its last token. → states (B, T, C), depths (B, T)."""
+    values of its last one. → states (B, T, C), depths (B, T)."""
     h = model.encode(idx)
     depth = torch.zeros_like(idx)
     if max_loops == 0:
@@ -447,8 +445,6 @@ def early_exit(model, idx, max_loops, halt, together=False):
         h = torch.where(running[..., None], refined, h)
         depth += running
         stop, log_doubt = halt.stops(model, b, h_before, h, log_doubt)
-        if together:
-            stop = stop[:, -1:]
         running = running & ~stop
     return h, depth
 

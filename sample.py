@@ -14,7 +14,6 @@ import time
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
-from operator import attrgetter
 
 import torch
 
@@ -57,15 +56,15 @@ def tint(text, passes, max_loops):
     return f"\x1b[38;5;{colour}m{text}\x1b[0m"
 
 
-def show(steps, tokenizer, s):
-    """Print what is written to standard output, and one line about it to standard error. steps: what `LoopUS.stream`
-    yields for one text. → its tokens"""
+def show(model, tokenizer, ids, most, draw, s):
+    """Write at most so many tokens after ids: the text to standard output, one line about it to standard error. → its
+    tokens"""
     utf8 = codecs.getincrementaldecoder("utf-8")("replace")  # a character can span tokens
     written = []
     depths = []
     begun = time.time()
     with suppress(KeyboardInterrupt):
-        for [(token, depth)] in steps:
+        for [(token, depth)] in model.stream([ids], most, s.max_loops, s.rule(), draw):
             if token in tokenizer.ends:
                 break
             written.append(token)
@@ -82,8 +81,7 @@ def show(steps, tokenizer, s):
 def write(model, tokenizer, prompt, s):
     """Print a prompt and its continuation."""
     print(prompt, end="", flush=True)
-    prompts = [tokenizer.start(prompt)]
-    show(model.stream(prompts, s.max_new_tokens, s.max_loops, s.rule(), drawing(model, s)), tokenizer, s)
+    show(model, tokenizer, tokenizer.start(prompt), s.max_new_tokens, drawing(model, s), s)
 
 
 # ---- A conversation
@@ -114,8 +112,7 @@ class Conversation:
         room = context - len(self.ids)
         refuse(room < 1, f"the conversation has filled the context of {context} tokens: begin another")
         most = min(room, self.s.max_new_tokens)
-        steps = self.model.stream([self.ids], most, self.s.max_loops, self.s.rule(), self.draw)
-        self.ids += show(steps, self.tokenizer, self.s) + self.ending
+        self.ids += show(self.model, self.tokenizer, self.ids, most, self.draw, self.s) + self.ending
 
 
 # ---- One token, pass by pass
@@ -273,7 +270,7 @@ def show_held_out(model, tokenizer, directory, s):
     tokens, answers = documents[0]
     print(f"A held-out document:{tokenizer.decode(tokens[: answers[0].start])} …")
     print(f"\n{'':9} question  answer  it says  passes")
-    for reply in sorted(replies(model, documents[:1], 1, [], s.rule(), s.max_loops), key=attrgetter("answer")):
+    for reply in sorted(replies(model, documents[:1], 1, [], s.rule(), s.max_loops)):
         kind, start, stop = reply.answer
         question, answer, said = map(tokenizer.decode, (tokens[:start], tokens[start:stop], reply.said))
         passes = max(reply.passes)
