@@ -183,6 +183,7 @@ def read_family(base):
     refuse(not family, f"model_type {base.get('model_type')!r} is not supported: expected {', '.join(FAMILIES)}")
     rope = dict(base.get("rope_scaling") or base.get("rope_parameters") or {})  # the older spelling, the newer one
     rope.setdefault("rope_type", rope.pop("type", None))
+    refuse("full_attention" in rope, "rotary positions that differ between layers are not supported")
     raw = {key: value for key, value in [*base.items(), *rope.items()] if value is not None}
     for key, choices in family.supported.items():
         raw.setdefault(key, choices[0])
@@ -1075,7 +1076,9 @@ def run(main):
         os._exit(1)  # whoever read the output, such as `head`, has left
     except (InputError, OSError, UnicodeError) as e:
         sys.exit(f"error: {one_line(e)}")
-    except (MemoryError, torch.OutOfMemoryError):
+    except (MemoryError, RuntimeError) as e:  # torch.OutOfMemoryError comes from a GPU, a plain one from the CPU
+        if not re.search("MemoryError|not enough memory|can't allocate memory", repr(e)):
+            raise
         sys.exit("error: out of memory: turn down --batch or --context, or turn on train.py's --checkpointing")
     except KeyboardInterrupt:
         print("\ninterrupted", file=sys.stderr, flush=True)
@@ -1109,7 +1112,7 @@ def progress(items, what, total, size=lambda item: 1):
     for item in items:
         yield item
         done += size(item)
-        share = min(1, (done + 1) / (total + 1))
+        share = min(1, max(1, done) / max(1, total))
         if sys.stderr.isatty():
             left = (time.time() - begun) * (1 / share - 1) / 60
             print(f"\r\x1b[K{what}: {share:.0%}, {left:.1f} minutes left\r", end="", file=sys.stderr)

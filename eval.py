@@ -264,7 +264,6 @@ def import_harness():
 def harness_model(harness, model, tokenizer, batch, *column):
     """A model in one column of `states` (depths, halt, max_loops), as the harness asks for it; its `passes` are those
     of the scored tokens."""
-
     size = model.config.block_size
 
     class Scorer(harness.api.model.TemplateLM):

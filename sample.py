@@ -189,7 +189,7 @@ class Recorded:
     as a CUDA graph, once for each cache and number of texts, and from then on started as a whole: its kernels run for a
     few microseconds each, and starting them one by one takes longer."""
 
-    recording = False  # then the parts that a part calls run plainly
+    recording = False  # while True, the parts that a part calls run plainly
 
     def __init__(self, plain):
         self.plain = plain

@@ -293,7 +293,7 @@ def save_checkpoint(run, s):
         torch.save({"step": run.step, "optimizer": optimizer}, unfinished / "optimizer.pt")
     for old in checkpoints(s.out)[: -s.keep]:
         remove_checkpoint(old)
-    for unfinished in Path(s.out).glob(f"{convert.STEP}.new-*"):  # what a crash while saving left
+    for unfinished in Path(s.out).glob(f"{convert.STEP}.new-{'[0-9a-f]' * 8}"):  # what a crash while saving left
         shutil.rmtree(unfinished, ignore_errors=True)
 
 

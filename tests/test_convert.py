@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import sys
 import tempfile
@@ -133,6 +134,7 @@ def test_shards_without_an_index_are_read_by_their_names():
         (dict(model_type="qwen3_moe"), "model_type 'qwen3_moe'"),
         (dict(rope_scaling=dict(type="linear", factor=2.0)), "rope_type 'linear'"),
         (dict(rope_parameters=dict(rope_type="yarn", factor=4.0)), "rope_type 'yarn'"),
+        (dict(rope_parameters=dict(full_attention=dict(rope_type="default"))), "differ between layers"),
         (dict(sliding_window=16), "sliding window"),
         (dict(model_type="mistral", sliding_window=16), "sliding window"),
         (dict(tensors=lambda state: state | dict(a=torch.zeros(2, dtype=torch.int32))), "quantized"),
@@ -488,6 +490,23 @@ def test_models_of_the_papers_sizes_are_cut_as_in_the_paper_and_others_by_their_
 def test_what_cannot_be_read_on_the_command_line_is_named_in_one_line(command, program, flag, named):
     code, _, err = command(program, flag)
     assert code != 0 and named in err and err.count("\n") == 1
+
+
+@pytest.mark.parametrize("error", [MemoryError(), torch.OutOfMemoryError(), RuntimeError("can't allocate memory")])
+def test_what_does_not_fit_the_memory_ends_in_one_line_and_other_faults_in_a_traceback(error):
+    def ends(error):
+        raise error
+
+    with pytest.raises(SystemExit, match="error: out of memory: turn down --batch"):
+        convert.run(lambda: ends(error))
+    with pytest.raises(RuntimeError, match="another fault"):
+        convert.run(lambda: ends(RuntimeError("another fault")))
+
+
+def test_progress_says_what_share_is_done(monkeypatch, capsys):
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    assert list(convert.progress("abcd", "reading", 4)) == list("abcd")
+    assert re.findall(r"reading: (\d+)%", capsys.readouterr().err) == ["25", "50", "75", "100"]
 
 
 def test_ids_beside_text_are_not_read_as_text(tmp_path):

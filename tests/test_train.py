@@ -275,6 +275,8 @@ def test_keep_checkpoints_stay_and_all_that_the_user_put_there(command):
     assert saved() == ["step-0000003", "step-0000004"]
     run = Path("run")
     shutil.copytree(run / "step-0000004", run / "step-0000004-best")
+    shutil.copytree(run / "step-0000004", run / "step-0000004.new-lr")
+    shutil.copytree(run / "step-0000004", run / "step-0000004.new-12ab34cd")  # which a crash leaves
     (run / "step-0000001").symlink_to(Path("tiny").resolve())
     (run / "step-0000002").write_text("mine, and no directory")
     (run / "step-0000003" / "samples.txt").write_text("mine")
@@ -283,7 +285,7 @@ def test_keep_checkpoints_stay_and_all_that_the_user_put_there(command):
     _, _, err = command(train, "--resume", "--out=run", "--steps=6")
     assert [path.read_bytes() for path in mine] == before
     assert [path.name for path in (run / "step-0000003").iterdir()] == ["samples.txt"]
-    assert saved() == [f"step-000000{n}" for n in ("1", "2", "3", "4-best", "5", "6")]
+    assert saved() == [f"step-000000{n}" for n in ("1", "2", "3", "4-best", "4.new-lr", "5", "6")]
     assert [line.split(": ")[0] for line in err.splitlines()] == ["run/step-0000002 stays"] * 3
 
 
