@@ -15,7 +15,6 @@ import os
 import re
 import shutil
 import sys
-import tempfile
 import time
 import unicodedata
 from argparse import SUPPRESS, ArgumentParser, BooleanOptionalAction
@@ -402,15 +401,10 @@ def write_checkpoint(model, tokenizer, directory, format="authors", weights=None
 
 # ---- The hub
 def cache_dir():
-    """Where downloads and tokenised texts are kept; where nothing can be written there, a temporary place."""
+    """Where downloads and tokenised texts are kept."""
     path = expand(os.environ.get("LOOPUS_CACHE") or "~/.cache/loopus")
-    try:
+    with reading(f"no cache for downloads and tokenised texts, name another directory by LOOPUS_CACHE: {path}"):
         path.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=path).close()
-    except OSError as e:
-        path = Path(tempfile.mkdtemp(prefix="loopus-"))
-        os.environ["LOOPUS_CACHE"] = str(path)
-        print(f"no cache ({e}): downloads and tokenised texts lie in {path} for now", file=sys.stderr)
     return path
 
 
@@ -1055,8 +1049,7 @@ def parse(settings, *positional):
         elif setting.type is bool:
             parser.add_argument(f"--{setting.name}", help=help, action=BooleanOptionalAction)
         else:
-            metavar = "|".join(choices or [setting.type.__name__.upper()])
-            parser.add_argument(f"--{setting.name}", help=help, type=setting.type, choices=choices, metavar=metavar)
+            parser.add_argument(f"--{setting.name}", help=help, type=setting.type, choices=choices)
     given = vars(parser.parse_args())
     for setting in fields(settings):
         least = setting.metadata["least"]

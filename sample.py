@@ -85,34 +85,30 @@ def write(model, tokenizer, prompt, s):
 
 
 # ---- A conversation
-class Conversation:
-    """What was said, as tokens: `ids`."""
+def message(tokenizer, role, content):
+    """The tokens of a message, as training reads them: in its content, special tokens are plain text."""
+    ids = convert.encode_document(tokenizer.template.segments(role, content, False), tokenizer)
+    return [~i for i in ids]
 
-    def __init__(self, model, tokenizer, s):
-        self.model = model
-        self.tokenizer = tokenizer
-        self.s = s
-        self.draw = drawing(model, s)
-        self.ending = tokenizer.encode(tokenizer.template.end + tokenizer.template.after)
-        tokenizer.ends.add(self.ending[0])
-        self.ids = [*tokenizer.begin]
-        if s.system:
-            self.ids += self.message("system", s.system)
 
-    def message(self, role, content):
-        """The tokens of a message, as training reads them: in its content, special tokens are plain text."""
-        ids = convert.encode_document(self.tokenizer.template.segments(role, content, False), self.tokenizer)
-        return [~i for i in ids]
-
-    def ask(self, question):
-        """Show the reply to a question, and add both. Raises InputError where the context has no room for it."""
-        opening = self.tokenizer.template.opening.format(role="assistant")
-        self.ids += self.message("user", question) + self.tokenizer.encode(opening)
-        context = self.model.config.block_size
-        room = context - len(self.ids)
+def converse(model, tokenizer, questions, s):
+    """Show a reply to each question, which reads all that was said before. → the tokens of the whole conversation.
+    Raises InputError where the context has no room for another reply."""
+    template = tokenizer.template
+    opening = tokenizer.encode(template.opening.format(role="assistant"))
+    ending = tokenizer.encode(template.end + template.after)
+    tokenizer.ends.add(ending[0])
+    draw = drawing(model, s)
+    ids = [*tokenizer.begin]
+    if s.system:
+        ids += message(tokenizer, "system", s.system)
+    for question in questions:
+        ids += message(tokenizer, "user", question.strip()) + opening
+        context = model.config.block_size
+        room = context - len(ids)
         refuse(room < 1, f"the conversation has filled the context of {context} tokens: begin another")
-        most = min(room, self.s.max_new_tokens)
-        self.ids += show(self.model, self.tokenizer, self.ids, most, self.draw, self.s) + self.ending
+        ids += show(model, tokenizer, ids, min(room, s.max_new_tokens), draw, s) + ending
+    return ids
 
 
 # ---- One token, pass by pass
@@ -318,9 +314,7 @@ def main():
         return
     model = made_fast(model, s)
     if s.chat:
-        conversation = Conversation(model, tokenizer, s)
-        for question in inputs(s):
-            conversation.ask(question.strip())
+        converse(model, tokenizer, inputs(s), s)
         return
     trained = (directory / "settings.json").exists() and s.max_loops > 0
     for prompt in inputs(s, trained):

@@ -77,7 +77,7 @@ class Settings:
     log_every: int = flag(10, "steps between log lines", 1)
     eval_every: int = flag(500, "steps between held-out losses and checkpoints", 1)
     eval_tokens: int = flag(16384, "held-out tokens per evaluation", 1)
-    keep: int = flag(2, "checkpoints kept", 1)
+    keep: int = flag(2, "checkpoints kept; older ones are deleted with all that lies in them", 1)
     device: str = flag("", "cpu, cuda or mps; empty: the best there is")
     dtype: str = flag("", "to compute in; empty: bf16 where the device is good at it", None, convert.DTYPES)
     compile: bool = flag(False, "compile the layers with torch.compile")
@@ -292,21 +292,9 @@ def save_checkpoint(run, s):
         (unfinished / "settings.json").write_text(json.dumps(asdict(s) | {"files": run.files}, indent=2))
         torch.save({"step": run.step, "optimizer": optimizer}, unfinished / "optimizer.pt")
     for old in checkpoints(s.out)[: -s.keep]:
-        remove_checkpoint(old)
+        shutil.rmtree(old, ignore_errors=True)  # a link stays
     for unfinished in Path(s.out).glob(f"{convert.STEP}.new-{'[0-9a-f]' * 8}"):  # what a crash while saving left
         shutil.rmtree(unfinished, ignore_errors=True)
-
-
-def remove_checkpoint(directory):
-    """Delete what a run wrote into a directory, and the directory if it holds nothing else; never through a link."""
-    try:
-        if not directory.is_symlink():
-            for name in ("config.json", convert.WEIGHTS, "optimizer.pt", "settings.json", *convert.TOKENIZER_FILES):
-                (directory / name).unlink(missing_ok=True)
-            if not any(directory.iterdir()):
-                directory.rmdir()
-    except OSError as e:
-        print(f"{directory} stays: {e}", file=sys.stderr)
 
 
 # ---- One step

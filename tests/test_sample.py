@@ -157,71 +157,76 @@ def chat_model(directory, name="smollm2", **overrides):
     return directory
 
 
-def conversation(directory, **settings):
+def settings(**others):
+    return sample.Settings(**dict(temperature=0.0, max_new_tokens=12, max_loops=4, threshold=0.52) | others)
+
+
+def conversation(directory, *questions, **others):
+    """Ask. → the model, its tokenizer, and for each question the tokens before the reply, and the reply"""
     model, tokenizer = convert.load(directory)
-    s = sample.Settings(**dict(temperature=0.0, max_new_tokens=12, max_loops=4, threshold=0.52) | settings)
-    return sample.Conversation(model, tokenizer, s)
+    replies = []
+
+    def noted_show(model, tokenizer, ids, *rest, show=sample.show):
+        replies.append((list(ids), show(model, tokenizer, ids, *rest)))
+        return replies[-1][1]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sample, "show", noted_show)
+        sample.converse(model, tokenizer, questions, settings(**others))
+    return model, tokenizer, replies
 
 
-def replied(talk, question):
-    """Ask. → the tokens before the reply, the reply."""
-    opening = talk.tokenizer.encode(talk.tokenizer.template.opening.format(role="assistant"))
-    start = len(talk.ids + talk.message("user", question) + opening)
-    talk.ask(question)
-    assert talk.ids[-len(talk.ending) :] == talk.ending
-    return talk.ids[:start], talk.ids[start : -len(talk.ending)]
-
-
-def whole_reply(talk, before, loops=4):
+def whole_reply(model, tokenizer, before, loops=4):
     """What greedy decoding writes after these tokens, up to an end."""
-    [tokens], _ = talk.model.generate([before], 12, loops, talk.s.threshold, temperature=0)
-    return list(takewhile(lambda token: token not in talk.tokenizer.ends, tokens[len(before) :]))
+    [tokens], _ = model.generate([before], 12, loops, 0.52, temperature=0)
+    return list(takewhile(lambda token: token not in tokenizer.ends, tokens[len(before) :]))
 
 
 @pytest.mark.parametrize("name", [name for name in TEMPLATES if name != "llama2"])  # whose words merge across lines
-def test_a_conversation_is_the_text_of_its_template_encoded_whole(tmp_path, name):
+def test_a_conversation_is_the_text_of_its_template_encoded_whole(tmp_path, monkeypatch, name):
     """An end token ends a reply, and stands there once."""
-    talk = conversation(chat_model(tmp_path / name, name), system="Be brief.")
+    model, tokenizer = convert.load(chat_model(tmp_path / name, name))
     begin, before, end, after = TEMPLATES[name]
-    asked = begin + before.format("system") + "Be brief." + end + after
+    said = begin + before.format("system") + "Be brief." + end + after
+    drawn = []
     for question in ("(why) 2?", "And?"):
-        asked += before.format("user") + question + end + after + before.format("assistant")
-        start = len(talk.tokenizer.encode(asked))
-        asked += "A  sea." + end
-        drawn = iter(torch.tensor(talk.tokenizer.encode(asked)[start:]).split(1))
-        talk.draw = lambda logits, drawn=drawn: next(drawn)
-        talk.ask(question)
-        asked += after
-        assert talk.ids == talk.tokenizer.encode(asked)
+        said += before.format("user") + question + end + after + before.format("assistant")
+        start = len(tokenizer.encode(said))
+        said += "A  sea." + end
+        drawn += torch.tensor(tokenizer.encode(said)[start:]).split(1)
+        said += after
+    monkeypatch.setattr(sample, "drawing", lambda *_: lambda logits: drawn.pop(0))
+    ids = sample.converse(model, tokenizer, ["(why) 2?", " And?\n"], settings(system="Be brief."))
+    assert ids == tokenizer.encode(said) and not drawn
 
 
 @pytest.mark.parametrize("name", list(TEMPLATES))
 def test_special_tokens_that_are_typed_are_plain_text_as_in_training(tmp_path, name):
-    talk = conversation(chat_model(tmp_path / name, name))
     _, before, end, _ = TEMPLATES[name]
     said = f"a{end} {before}b"
-    before_reply, _ = replied(talk, said)
-    segments = convert.segments_of(dict(messages=[dict(role="user", content=said)]), talk.tokenizer)
-    trained = convert.encode_document(segments, talk.tokenizer, talk.tokenizer.begin)
-    assert before_reply == [~i for i in trained] + talk.tokenizer.encode(before.format("assistant"))
-    assert before_reply.count(talk.tokenizer.added[end]) == 1 and said in talk.tokenizer.decode(before_reply)
+    _, tokenizer, [(before_reply, _)] = conversation(chat_model(tmp_path / name, name), said)
+    segments = convert.segments_of(dict(messages=[dict(role="user", content=said)]), tokenizer)
+    trained = convert.encode_document(segments, tokenizer, tokenizer.begin)
+    assert before_reply == [~i for i in trained] + tokenizer.encode(before.format("assistant"))
+    assert before_reply.count(tokenizer.added[end]) == 1 and said in tokenizer.decode(before_reply)
 
 
 @pytest.mark.parametrize("loops", [0, 4])
 def test_from_turn_to_turn_replies_are_those_of_the_whole_conversation(tmp_path, loops):
-    talk = conversation(chat_model(tmp_path / "chat"), max_loops=loops, system="Be brief.")
-    for question in ("What is the sea?", "And why?", "Tell me."):
-        before, reply = replied(talk, question)
-        assert reply == whole_reply(talk, before, loops)
+    questions = ("What is the sea?", "And why?", "Tell me.")
+    said = conversation(chat_model(tmp_path / "chat"), *questions, max_loops=loops, system="Be brief.")
+    model, tokenizer, replies = said
+    assert [reply for _, reply in replies] == [whole_reply(model, tokenizer, before, loops) for before, _ in replies]
+    for (before, reply), (later, _) in zip(replies, replies[1:]):
+        assert later[: len(before + reply)] == before + reply
 
 
 def test_a_reply_fills_the_context_and_what_is_asked_then_is_refused(tmp_path):
-    talk = conversation(chat_model(tmp_path / "chat", block_size=80), system="Be brief.", max_new_tokens=100)
-    before, reply = replied(talk, "Why?")
-    assert 12 < len(before + reply) <= 80 and reply[:12] == whole_reply(talk, before)
+    directory = chat_model(tmp_path / "chat", block_size=80)
+    model, tokenizer, [(before, reply)] = conversation(directory, "Why?", system="Be brief.", max_new_tokens=100)
+    assert 12 < len(before + reply) <= 80 and reply[:12] == whole_reply(model, tokenizer, before)
     with pytest.raises(InputError, match="has filled the context of 80 tokens: begin another"):
-        for _ in range(9):
-            talk.ask("And why?")
+        conversation(directory, *["And why?"] * 9, max_new_tokens=100)
 
 
 def test_ctrl_c_on_a_terminal_stops_a_reply_but_not_the_chat(tmp_path):
@@ -233,15 +238,13 @@ def test_ctrl_c_on_a_terminal_stops_a_reply_but_not_the_chat(tmp_path):
 
 
 def test_each_piped_line_is_a_turn(write, tmp_path, monkeypatch, capsys):
-    talk = conversation(chat_model(tmp_path / "chat"), system="Be brief.")
-    replies = ""
-    for question in ("What is it?", "And why?"):
-        _, reply = replied(talk, question)
-        replies += talk.tokenizer.decode(reply) + "\n"
+    questions = ("What is it?", "And why?")
+    _, tokenizer, replies = conversation(chat_model(tmp_path / "chat"), *questions, system="Be brief.")
+    text = "".join(tokenizer.decode(reply) + "\n" for _, reply in replies)
     capsys.readouterr()
     pipe(monkeypatch, b"What is it?\n\n And why? \n")
     flags = ["--chat", "--system=Be brief.", "--max_new_tokens=12", "--threshold=0.52"]
-    assert write(tmp_path / "chat", *flags)[:2] == (0, replies)
+    assert write(tmp_path / "chat", *flags)[:2] == (0, text)
 
 
 def test_what_cannot_be_continued_or_answered_is_refused_in_one_line(write, checkpoint, tmp_path, monkeypatch):

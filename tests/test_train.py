@@ -270,7 +270,7 @@ def test_what_cannot_be_trained_is_refused_in_one_line(command, more, expected):
     refused(command(train, *flags(small(**more))), expected)
 
 
-def test_keep_checkpoints_stay_and_all_that_the_user_put_there(command):
+def test_keep_checkpoints_stay_and_all_that_the_user_put_beside_them(command):
     train.train(small(steps=4, eval_every=1, keep=2))
     assert saved() == ["step-0000003", "step-0000004"]
     run = Path("run")
@@ -279,14 +279,11 @@ def test_keep_checkpoints_stay_and_all_that_the_user_put_there(command):
     shutil.copytree(run / "step-0000004", run / "step-0000004.new-12ab34cd")  # which a crash leaves
     (run / "step-0000001").symlink_to(Path("tiny").resolve())
     (run / "step-0000002").write_text("mine, and no directory")
-    (run / "step-0000003" / "samples.txt").write_text("mine")
     mine = [*Path("tiny").iterdir(), *(run / "step-0000004-best").iterdir(), run / "step-0000002"]
     before = [path.read_bytes() for path in mine]
-    _, _, err = command(train, "--resume", "--out=run", "--steps=6")
+    assert command(train, "--resume", "--out=run", "--steps=6")[0] == 0
     assert [path.read_bytes() for path in mine] == before
-    assert [path.name for path in (run / "step-0000003").iterdir()] == ["samples.txt"]
-    assert saved() == [f"step-000000{n}" for n in ("1", "2", "3", "4-best", "4.new-lr", "5", "6")]
-    assert [line.split(": ")[0] for line in err.splitlines()] == ["run/step-0000002 stays"] * 3
+    assert saved() == [f"step-000000{n}" for n in ("1", "2", "4-best", "4.new-lr", "5", "6")]
 
 
 # ---- Signals
