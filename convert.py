@@ -18,7 +18,6 @@ import sys
 import time
 import unicodedata
 from argparse import SUPPRESS, ArgumentParser, BooleanOptionalAction
-from array import array
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields, replace
@@ -64,7 +63,7 @@ def read_json(path):
     if not path.exists():
         return {}
     with reading(path):
-        return dict(json.loads(path.read_text(encoding="utf-8-sig")))
+        return dict(json.loads(path.read_bytes()))
 
 
 def listed(x):
@@ -78,8 +77,7 @@ def expand(path):
 
 
 # ---- Families of models and their config.json
-@dataclass(frozen=True)
-class Family:
+class Family(NamedTuple):
     """How the checkpoints of one family of models spell what we call by our own names."""
 
     keys: dict  # field of our Config → its key in config.json
@@ -129,17 +127,14 @@ LLAMA = Family(
     ),
 )
 # fmt: on
-QWEN = replace(LLAMA, supported=LLAMA.supported | dict(use_sliding_window=[False, True]))
+QWEN = LLAMA._replace(supported=LLAMA.supported | dict(use_sliding_window=[False, True]))
 FAMILIES = {
     "gpt2": GPT2,
     "llama": LLAMA,
     "mistral": LLAMA,
-    "qwen2": replace(QWEN, constants=QWEN.constants | dict(qkv_bias=True, out_bias=False)),
-    "qwen3": replace(QWEN, constants=QWEN.constants | dict(qk_norm=True)),
-    "phi3": replace(
-        LLAMA,
-        modules=LLAMA.modules | dict(qkv="self_attn.qkv_proj", up="mlp.gate_up_proj"),
-    ),
+    "qwen2": QWEN._replace(constants=QWEN.constants | dict(qkv_bias=True, out_bias=False)),
+    "qwen3": QWEN._replace(constants=QWEN.constants | dict(qk_norm=True)),
+    "phi3": LLAMA._replace(modules=LLAMA.modules | dict(qkv="self_attn.qkv_proj", up="mlp.gate_up_proj")),
 }
 # The LoopUS authors' checkpoints: within a layer the family's own names, and these outside. wpe is our addition.
 # fmt: off
@@ -156,8 +151,7 @@ BUFFERS = (".attn.bias", ".attn.masked_bias", ".rotary_emb.inv_freq")  # of old 
 
 def looped(family):
     """The same family as the LoopUS authors store it."""
-    modules = family.modules | LOOPED_MODULES
-    return replace(family, layer="{stack}.layers.{j}.", modules=modules, looped=True)
+    return family._replace(layer="{stack}.layers.{j}.", modules=family.modules | LOOPED_MODULES, looped=True)
 
 
 def read_config(path):
@@ -180,20 +174,17 @@ def read_family(base):
     InputError for what we cannot run."""
     family = FAMILIES.get(base.get("model_type"))
     refuse(not family, f"model_type {base.get('model_type')!r} is not supported: expected {', '.join(FAMILIES)}")
-    rope = dict(base.get("rope_scaling") or base.get("rope_parameters") or {})  # the older spelling, the newer one
-    rope.setdefault("rope_type", rope.pop("type", None))
+    rope = base.get("rope_scaling") or base.get("rope_parameters") or {}  # the older spelling, the newer one
     refuse("full_attention" in rope, "rotary positions that differ between layers are not supported")
-    raw = {key: value for key, value in [*base.items(), *rope.items()] if value is not None}
+    raw = base | {"rope_type": rope.get("type")} | rope
+    raw = {key: value for key, value in raw.items() if value is not None}
     for key, choices in family.supported.items():
         raw.setdefault(key, choices[0])
         refuse(raw[key] not in choices, f"{key} {raw[key]!r} is not supported: expected one of {choices}")
-    values = family.constants | {"base": base}
-    for name, key in family.keys.items():
-        if name not in values and key in raw:
-            values[name] = Config.__annotations__[name](raw[key])
-    values.setdefault("n_kv_head", values["n_head"])
-    values.setdefault("head_dim", values["n_embd"] // values["n_head"])
-    values.setdefault("n_inner", 4 * values["n_embd"])
+    values = {name: Config.__annotations__[name](raw[key]) for name, key in family.keys.items() if key in raw}
+    width, heads = values["n_embd"], values["n_head"]
+    defaults = dict(n_kv_head=heads, head_dim=width // heads, n_inner=4 * width)
+    values = defaults | values | family.constants | {"base": base}
     windowed = raw.get("use_sliding_window") and raw.get("sliding_window", math.inf) < values["block_size"]
     refuse(windowed, "a sliding window is not supported: expected attention to all earlier tokens")
     if "rotary" not in values:
@@ -204,12 +195,12 @@ def read_family(base):
 def rotary_angles(raw, head_dim):
     """By what angle one position turns each pair of a head's channels. Llama 3 stretches wavelengths over original /
     low_freq_factor by `factor`, none under original / high_freq_factor, and those between smoothly."""
-    angle = float(raw.get("rope_theta", 10000.0)) ** -(torch.arange(0, head_dim, 2).float() / head_dim)
+    angle = raw.get("rope_theta", 10000.0) ** -(torch.arange(0, head_dim, 2) / head_dim)
     if raw["rope_type"] == "llama3":
         low, high = raw["low_freq_factor"], raw["high_freq_factor"]
         turns = raw["original_max_position_embeddings"] * angle / (2 * torch.pi)
         kept = ((turns - low) / (high - low)).clamp(0, 1)
-        angle = angle * (kept + (1 - kept) / raw["factor"])
+        angle = torch.lerp(angle / raw["factor"], angle, kept)
     return angle.tolist()
 
 
@@ -319,12 +310,13 @@ INDEX = "model.safetensors.index.json"
 
 def shards(directory):
     """The weight files of a checkpoint, by its index or their names. They lie beside the index, whatever it states."""
-    if (directory / WEIGHTS).exists():
-        return [directory / WEIGHTS]
+    whole = directory / WEIGHTS
+    if whole.exists():
+        return [whole]
     index = read_json(directory / INDEX)
     with reading(directory / INDEX):
         named = {directory / Path(name).name for name in index.get("weight_map", {}).values()}
-    return sorted(named or directory.glob("model-*-of-*.safetensors")) or [directory / WEIGHTS]
+    return sorted(named or directory.glob("model-*-of-*.safetensors")) or [whole]
 
 
 def read_tensors(directory):
@@ -416,9 +408,9 @@ def resolve(src):
         src = configs[-1].parent
         print(f"no --init: taking the newest model, {src}", file=sys.stderr)
     path = expand(src)
-    for config in [path / "config.json", *sorted(path.glob(f"{STEP}/config.json"), reverse=True)]:
-        if config.exists():
-            return config.parent
+    configs = [*path.glob("config.json")] or sorted(path.glob(f"{STEP}/config.json"))
+    if configs:
+        return configs[-1].parent
     name, _, revision = str(src).partition("@")
     if re.fullmatch("gpt2(-medium|-large|-xl)?", name):
         name = f"openai-community/{name}"
@@ -513,8 +505,8 @@ def known_split(spec):
     normalizers = [step["type"] for step in steps_of(spec.get("normalizer"), "normalizers")]
     *before, level = steps_of(spec.get("pre_tokenizer"), "pretokenizers") or [{}]
     odd = [model.get(name) for name in ("dropout", "continuing_subword_prefix", "end_of_word_suffix", "byte_fallback")]
-    odd += [model.get("type", "BPE") != "BPE", model.get("unk_token") and BYTE_OF.keys() - model["vocab"].keys()]
-    odd += [normalizers not in ([], ["NFC"]), level.get("type") != "ByteLevel", level.get("add_prefix_space", True)]
+    odd += [model.get("type", "BPE") != "BPE", model.get("unk_token") and BYTE_OF.keys() - model["vocab"]]
+    odd += [normalizers not in ([], ["NFC"]), level["type"] != "ByteLevel", level["add_prefix_space"]]
     for token in spec["added_tokens"]:
         odd += [token["single_word"], token["lstrip"], token["rstrip"], token["normalized"] and normalizers]
     if not any(odd):
@@ -539,6 +531,7 @@ class ByteLevel:
 
     def __init__(self, spec, added):
         model = spec["model"]
+        vocab = model["vocab"]
         self.pattern = known_split(spec)
         rank_of = {}
         for rank, pair in enumerate(model["merges"]):
@@ -546,7 +539,7 @@ class ByteLevel:
                 pair = pair.split(" ")
             rank_of[tuple(pair)] = rank
         order = dict.fromkeys(BYTE_OF, -1)
-        for token in model["vocab"]:
+        for token in vocab:
             parts = list(token)  # of its characters, the pair of the lowest rank merges first
             last = -1
             while merges := [(rank_of[pair], at) for at, pair in enumerate(zip(parts, parts[1:])) if pair in rank_of]:
@@ -557,16 +550,16 @@ class ByteLevel:
             elif model.get("ignore_merges"):
                 order[token] = math.inf
                 if len(parts) == 2:
-                    raise LookupError(token)
+                    raise LookupError
         tokens = sorted(order, key=order.get)
         numbers = {bytes(BYTE_OF[character] for character in token): n for n, token in enumerate(tokens)}
         self.encoding = tiktoken.Encoding("loopus", pat_str=self.pattern, mergeable_ranks=numbers, special_tokens={})
-        self.ids = [model["vocab"].get(token) for token in tokens]  # None: a byte that the vocabulary lacks
+        self.ids = [vocab.get(token) for token in tokens]  # None: a byte that the vocabulary lacks
         self.composes = steps_of(spec.get("normalizer"), "normalizers")  # NFC, if any
         self.added = added
-        self.vocab = model["vocab"] | added
-        longest_first = sorted(added, key=len, reverse=True)
-        self.split = re.compile("(" + ("|".join(map(re.escape, longest_first)) or "(?!)") + ")").split
+        self.vocab = vocab | added
+        any_added = "|".join(map(re.escape, sorted(added, key=len, reverse=True)))  # the longest first
+        self.split = re.compile(f"({any_added or '(?!)'})").split
 
     def encode(self, text, typed, first):
         """See `Tokenizer.encode`."""
@@ -596,21 +589,19 @@ class Package:
     def __init__(self, spec):
         with reading('this one needs the tokenizers package: pip install ".[tokenizers]"'):
             from tokenizers import Tokenizer as Reader
-        spec = spec | {"truncation": None, "padding": None}
         special = [token | {"special": True} for token in spec["added_tokens"]]
-        typed = Reader.from_str(json.dumps(spec | {"added_tokens": special}))
-        typed.encode_special_tokens = True  # as plain text, that is
-        self.readers = [Reader.from_str(json.dumps(spec)), typed]
+        spec = json.dumps(spec | {"added_tokens": special, "truncation": None, "padding": None})
+        self.readers = [Reader.from_str(spec), Reader.from_str(spec)]
+        self.readers[True].encode_special_tokens = True  # of what is typed: as plain text, that is
         self.vocab = self.readers[0].get_vocab()
 
     def encode(self, text, typed, first):
         """See `Tokenizer.encode`."""
-        for before in () if first else ("\n", ".", "a"):  # one of them does not merge with the text
+        for before in [""] if first else ["\n", ".", "a", ""]:  # one of them does not merge with the text
             head = self.ids(before, typed)
             whole = self.ids(before + text, typed)
             if whole[: len(head)] == head:
                 return whole[len(head) :]
-        return self.ids(text, typed)
 
     def ids(self, text, typed):
         text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")  # half a pair is no character
@@ -667,8 +658,7 @@ class Tokenizer:
         ids = [self.model.vocab.get(token)]
         for config in configs[1:]:
             config = config.get("base_config_dict", config)  # of a looped checkpoint
-            i = config.get(f"{name}_token_id")
-            ids += listed(i)
+            ids += listed(config.get(f"{name}_token_id"))
         return [i for i in ids if i in self.content]
 
     def encode(self, text, typed=False, first=True):
@@ -678,8 +668,7 @@ class Tokenizer:
 
     def start(self, text):
         """Text → ids with `begin` in front, which a text may also bring along itself; never without any."""
-        ids = encode_document([Segment(text, True)], self, self.begin)
-        return ids.tolist() or [self.prefix or 0]
+        return encode_document([Segment(text, True)], self, self.begin) or [self.prefix or 0]
 
     def token_bytes(self, i):
         """The bytes that an id stands for; b"" for ids of no token: a model may be padded to a round size."""
@@ -699,7 +688,7 @@ class Tokenizer:
 
 # Names of the token between documents, for tokenizers without a config that tells it.
 ENDS = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<|im_end|>", "<｜end▁of▁sentence｜>", "<|eot_id|>")
-ADDED = dict(single_word=False, lstrip=False, rstrip=False, normalized=False, special=False)
+ADDED = dict(single_word=False, lstrip=False, rstrip=False, normalized=False)
 
 
 def byte_tokenizer():
@@ -729,7 +718,7 @@ def load_tokenizer(src, vocab_size=math.inf):
         known = [token for token in tokens.values() if token["id"] < vocab_size]
         if len(known) < len(tokens):
             print(f"{directory}: the model lacks {len(tokens) - len(known)} of the added tokens", file=sys.stderr)
-        files = {name: (directory / name).read_bytes() for name in TOKENIZER_FILES if (directory / name).exists()}
+        files = {path.name: path.read_bytes() for path in directory.iterdir() if path.name in TOKENIZER_FILES}
         tokenizer = Tokenizer(spec | {"added_tokens": known}, configs, files)
         too_many = tokenizer.n_vocab > vocab_size
         refuse(too_many, f"it has {tokenizer.n_vocab} tokens, and the model {vocab_size}: is it another model's?")
@@ -791,13 +780,11 @@ def read_records(path):
                 yield from batch.to_pylist()
     elif suffix in (".json", ".jsonl"):
         with open(path, encoding="utf-8-sig") as lines:
-            is_list = lines.read(64).lstrip().startswith("[")
-            lines.seek(0)
-            if is_list:
-                yield from json.load(lines)  # after which no line is left
             for number, line in enumerate(lines, start=1):
                 with reading(f"line {number}"):
-                    if line.strip():
+                    if line.lstrip().startswith("["):
+                        yield from json.loads(line + lines.read())  # after which no line is left
+                    elif line.strip():
                         yield json.loads(line)
     else:
         yield {"text": path.read_text(encoding="utf-8-sig")}
@@ -821,13 +808,13 @@ def segments_of(record, tokenizer):
     elif prompt is not None and completion is not None:
         prompts, completions = listed(prompt), listed(completion)
         refuse(len(prompts) != len(completions), f"{len(prompts)} prompts and {len(completions)} completions")
-        for pair in zip(prompts, completions):
-            segments += [Segment(pair[0], False), Segment(pair[1], True)]
+        for read, learned in zip(prompts, completions):
+            segments += [Segment(read, False), Segment(learned, True)]
     elif text is not None:
         segments = [Segment(text, True)]
     else:
-        unknown = record.keys().isdisjoint(("text", "messages"))
-        refuse(unknown, f'has {", ".join(record)}: expected "text", "messages", or "prompt" and "completion"')
+        known = {"text", "messages"} & record.keys()
+        refuse(not known, f'has {", ".join(record)}: expected "text", "messages", or "prompt" and "completion"')
     refuse(not all(isinstance(segment.text, str) for segment in segments), "its text is not a string")
     return segments
 
@@ -835,14 +822,14 @@ def segments_of(record, tokenizer):
 def encode_document(segments, tokenizer, begin=(), end=()):
     """The ids of a document, as `rows` reads them: those that are only read and not learned as ~i. `begin` is put in
     front, unless the document begins so itself, and `end` after it."""
-    ids = array("i")
+    ids = []
     for segment in segments:
         part = tokenizer.encode(segment.text, segment.typed, not ids)
         if not ids and part[: len(begin)] != begin:
             part = [*begin, *part]
         if segment is segments[-1]:
-            part = [*part, *end]
-        ids.extend(part if segment.learned else [~i for i in part])
+            part += end
+        ids += part if segment.learned else [~i for i in part]
     return ids
 
 
@@ -852,9 +839,7 @@ def read_documents(files, tokenizer):
         with reading(file):
             for number, record in enumerate(read_records(file), start=1):
                 with reading(f"record {number}"):
-                    segments = segments_of(record, tokenizer)
-                if segments:
-                    yield segments
+                    yield segments_of(record, tokenizer)
 
 
 def tokenise(files, tokenizer, path):
@@ -867,7 +852,7 @@ def tokenise(files, tokenizer, path):
     with all_or_nothing(path.parent) as unfinished, open(unfinished / path.name, "wb") as out:
         for batch in progress(batches, "tokenising", sum(file.stat().st_size for file in files), characters):
             for ids in pool.map(encode, batch):
-                ids.tofile(out)
+                np.array(ids, np.int32).tofile(out)
 
 
 def characters(documents):
@@ -948,10 +933,10 @@ def rows(tokens, starts, context):
     """Inputs and next tokens as targets, (n, context) each, of the windows of `tokens` that begin at `starts`. A token
     i that is to be read and not learned stands in `tokens` as ~i; as a target it is −100."""
     windows = [tokens[start : start + context + 1] for start in starts]
-    ids = torch.from_numpy(np.stack(windows).astype(np.int64))
-    inputs = torch.maximum(ids, ~ids)[:, :-1]
-    targets = ids.masked_fill(ids < 0, -100)[:, 1:]
-    return inputs, targets
+    ids = torch.from_numpy(np.array(windows, np.int64))
+    inputs = torch.maximum(ids, ~ids)
+    targets = ids.masked_fill(ids < 0, -100)
+    return inputs[:, :-1], targets[:, 1:]
 
 
 def windows(tokens, context, limit):
@@ -960,10 +945,9 @@ def windows(tokens, context, limit):
     count = (len(tokens) - 1) // context
     refuse(count < 1, f"{len(tokens)} tokens of held-out text do not fill one context of {context}: give more text")
     wanted = max(1, min(count, limit // context))
-    starts = np.linspace(0, count - 1, wanted).astype(int) * context
+    starts = np.linspace(0, count - 1, wanted, dtype=int) * context
     inputs, targets = rows(tokens, starts, context)
-    nothing = f"nothing is to be learned in {targets.numel()} held-out tokens: read more, or other text"
-    refuse(targets.max() < 0, nothing)
+    refuse(targets.max() < 0, f"nothing is to be learned in {targets.numel()} held-out tokens: read more or other text")
     return inputs, targets
 
 
@@ -985,11 +969,11 @@ def default_cuts(model, tokenizer):
 
 def sample_text(model, tokenizer):
     """Tokens (1, T) to look at a model with: this project's own words or, without a tokenizer, arbitrary tokens."""
-    ids = range(256)
+    ids = range(model.config.vocab_size)
     if tokenizer:
         ids = tokenizer.encode(loopus.__doc__)
     ids = ids[: min(256, model.config.block_size)]
-    return torch.tensor([ids], device=model.device) % model.config.vocab_size
+    return torch.tensor([ids], device=model.device)
 
 
 @torch.no_grad()
@@ -1011,7 +995,7 @@ def choose_cuts(distances):
     """The rule: loop the plateau, the longest run of layers that each change the state less than twice what the median
     layer does; never the first and the last, as in the paper. → layers before it (encoder), after it (decoder)."""
     last = len(distances) - 1
-    steep = torch.nonzero(distances >= 2 * distances.median()).flatten().tolist()
+    steep = np.flatnonzero(distances >= 2 * distances.median()).tolist()
     borders = sorted([0, last, *steep])
     widest = np.argmax(np.diff(borders))
     return borders[widest] + 1, last + 1 - borders[widest + 1]
@@ -1043,13 +1027,13 @@ def parse(settings, *positional):
     parser.error = lambda message: refuse(True, f"{message}; --help lists all flags")
     for setting in fields(settings):
         help, _, choices = setting.metadata.values()
-        help = f"{help} (default {setting.default!r})".replace("%", "%%")
+        add = partial(parser.add_argument, help=f"{help} (default {setting.default!r})".replace("%", "%%"))
         if setting.name in positional:
-            parser.add_argument(setting.name, help=help, nargs="?")
+            add(setting.name, nargs="?")
         elif setting.type is bool:
-            parser.add_argument(f"--{setting.name}", help=help, action=BooleanOptionalAction)
+            add(f"--{setting.name}", action=BooleanOptionalAction)
         else:
-            parser.add_argument(f"--{setting.name}", help=help, type=setting.type, choices=choices)
+            add(f"--{setting.name}", type=setting.type, choices=choices)
     given = vars(parser.parse_args())
     for setting in fields(settings):
         least = setting.metadata["least"]
@@ -1074,7 +1058,7 @@ def run(main):
             raise
         sys.exit("error: out of memory: turn down --batch or --context, or turn on train.py's --checkpointing")
     except KeyboardInterrupt:
-        print("\ninterrupted", file=sys.stderr, flush=True)
+        print("\ninterrupted", file=sys.stderr)
         os._exit(1)  # without waiting for what other threads still do
 
 
@@ -1100,17 +1084,18 @@ def pick_device(name, dtype):
 
 def progress(items, what, total, size=lambda item: 1):
     """The items, while a line on a terminal says how much of `total` is done and how long the rest will take."""
+    if not sys.stderr.isatty():
+        yield from items
+        return
     begun = time.time()
     done = 0
     for item in items:
         yield item
         done += size(item)
         share = min(1, max(1, done) / max(1, total))
-        if sys.stderr.isatty():
-            left = (time.time() - begun) * (1 / share - 1) / 60
-            print(f"\r\x1b[K{what}: {share:.0%}, {left:.1f} minutes left\r", end="", file=sys.stderr)
-    if sys.stderr.isatty():
-        print("\r\x1b[K", end="", file=sys.stderr)
+        left = (time.time() - begun) * (1 / share - 1) / 60
+        print(f"\r\x1b[K{what}: {share:.0%}, {left:.1f} minutes left\r", end="", file=sys.stderr)
+    print("\r\x1b[K", end="", file=sys.stderr)
 
 
 @dataclass
@@ -1156,7 +1141,7 @@ class Settings:
 def main():
     s = Settings(**parse(Settings, "src", "out"))
     refuse(not s.src or not (s.out or s.profile), "expected: convert.py SRC OUT, or convert.py SRC --profile")
-    model, tokenizer = load(s.src, dtype=None, encoder_layers=s.encoder_layers, decoder_layers=s.decoder_layers)
+    model, tokenizer = load(s.src, "cpu", None, s.encoder_layers, s.decoder_layers)
     if s.out:
         save(model, tokenizer, s.out, s.format)
         print(f"{s.out}: {len(model.encoder)} + {len(model.reasoning)} + {len(model.decoder)} layers")

@@ -42,14 +42,6 @@ class Settings(convert.Inference):
 
 
 # ---- Losses, §4, and passes taken, Fig. 18
-def batches(sequences, size, device):
-    """Inputs and targets of `windows`, `size` sequences at a time, without those in which nothing is learned."""
-    parts = list(zip(*(part.split(size) for part in sequences)))
-    for x, y in convert.progress(parts, "evaluating", len(parts)):
-        if (y >= 0).any():
-            yield x.to(device), y.to(device)
-
-
 def states(model, x, depths, halt, max_loops):
     """(column, state (B, T, C), passes (B, T)) of tokens x (B, T): after each number of passes in `depths`, of which 0
     is the ungated pass, and with `halt`, as "exit"."""
@@ -71,8 +63,11 @@ def held_out_losses(model, sequences, batch, depths, halt=None, max_loops=8):
     passes with exit, all of those that are learned."""
     sums = defaultdict(float)
     histogram = torch.zeros(max_loops + 1, dtype=torch.long)
-    for x, y in batches(sequences, batch, model.device):
+    parts = list(zip(*(part.to(model.device).split(batch) for part in sequences)))
+    for x, y in convert.progress(parts, "evaluating", len(parts)):
         learned = y >= 0
+        if not learned.any():
+            continue
         for column, h, passes in states(model, x, depths, halt, max_loops):
             loss, _ = model.loss(h, y)
             sums[column] += loss.item() * learned.sum().item()
@@ -83,7 +78,7 @@ def held_out_losses(model, sequences, batch, depths, halt=None, max_loops=8):
 
 
 def mean_passes(histogram):
-    return (histogram * torch.arange(len(histogram))).sum().item() / histogram.sum().item()
+    return np.average(range(len(histogram)), weights=histogram)
 
 
 class Answer(NamedTuple):
@@ -164,7 +159,7 @@ def accuracy_by_kind(model, documents, depths, halt=None, max_loops=8, batch=64)
 
 def print_accuracy(rows):
     """A table of `accuracy_by_kind`."""
-    names = list(next(iter(rows.values())))
+    names = next(iter(rows.values()))
     means = {name: np.mean([columns[name] for columns in rows.values()]) for name in names}
     print("\nshare of right answers; passes are those that the answers take by exit")
     print(f"{'':8}" + "".join(f"{name:>9}" for name in names))
@@ -172,11 +167,10 @@ def print_accuracy(rows):
         print(f"{kind:8}" + "".join(f"{columns[name]:9.2f}" for name in names))
 
 
-def held_out(directory, tokenizer, block_size, data=""):
-    """→ the ids of `data` or, without it, of what the training of a checkpoint held out, by the files that it had; and
+def held_out(directory, tokenizer, block_size, val=""):
+    """→ the ids of `val` or, without it, of what the training of a checkpoint held out, by the files that it had; and
     the documents of `read_answers` in them."""
-    val = data
-    if not data:
+    if not val:
         path = directory / "settings.json"
         trained = convert.read_json(path)
         with convert.reading(path):
@@ -257,7 +251,6 @@ def import_harness():
     with convert.reading('--tasks needs lm-evaluation-harness: pip install ".[eval]"'):
         import lm_eval.api.model
         import lm_eval.tasks
-        import lm_eval.utils
     return lm_eval
 
 
@@ -285,19 +278,17 @@ def harness_model(harness, model, tokenizer, batch, *column):
                 start = len(tokens) - len(continuation)
                 refuse(start < 1, f"an answer of {len(continuation)} tokens: the context has {size}")
                 documents.append((tokens, [Answer("", start, len(tokens))]))
-            scores = [None] * len(documents)
-            for reply in replies(model, documents, batch, *column):
-                scores[reply.document] = (reply.logprob, reply.right)
+            in_order = sorted(replies(model, documents, batch, *column))
+            for reply in in_order:
                 self.passes += reply.passes
-            return scores
+            return [(reply.logprob, reply.right) for reply in in_order]
 
         def loglikelihood_rolling(self, requests, **_):
             """Log-probabilities of texts, in windows as long as the model's context: each token is scored once."""
             totals = []
             for request in requests:
                 ids = self.tok_encode(request.args[0])
-                starts = range(0, len(ids), size)
-                windows = [(None, ids[:start], ids[start : start + size]) for start in starts]
+                windows = [(None, ids[:i], ids[i : i + size]) for i in range(0, len(ids), size)]
                 totals.append(sum(logprob for logprob, _ in self._loglikelihood_tokens(windows)))
             return totals
 
@@ -311,7 +302,7 @@ def measure_tables(s):
     """Benchmark the models of --init, one after the other: the harness's own table for each column."""
     harness = import_harness()
     manager = harness.tasks.TaskManager(include_path=s.include_path)
-    report = {}
+    report = defaultdict(dict)
     for init in s.init.split(","):
         own = replace(s)  # with this model's threshold
         model, tokenizer = own.load(init)
@@ -331,7 +322,7 @@ def measure_tables(s):
                     log_samples=False,
                 )
             passes = sum(scorer.passes) / max(1, len(scorer.passes))
-            report.setdefault(init, {})[name] = {"results": results["results"], "passes": passes}
+            report[init][name] = {"results": results["results"], "passes": passes}
             if not s.json:
                 print(f"{init or 'the newest model'}, passes: {name} (mean of the scored tokens {passes:.2f})")
                 print(harness.utils.make_table(results), flush=True)

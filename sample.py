@@ -21,7 +21,7 @@ import convert
 import loopus
 from convert import flag, refuse
 from eval import accuracy_by_kind, held_out, replies
-from loopus import Halt, InputError, Positions
+from loopus import InputError, Positions
 
 TINTS = (75, 79, 114, 150, 186, 215, 209, 203)  # terminal colours from cool, few passes, to warm, many
 
@@ -61,20 +61,20 @@ def show(model, tokenizer, ids, most, draw, s):
     tokens"""
     utf8 = codecs.getincrementaldecoder("utf-8")("replace")  # a character can span tokens
     written = []
-    depths = []
+    passes = 0
     begun = time.time()
     with suppress(KeyboardInterrupt):
         for [(token, depth)] in model.stream([ids], most, s.max_loops, s.rule(), draw):
             if token in tokenizer.ends:
                 break
             written.append(token)
-            depths.append(depth)
+            passes += depth
             print(tint(utf8.decode(tokenizer.token_bytes(token)), depth, s.max_loops), end="", flush=True)
     print(utf8.decode(b"", final=True), flush=True)
-    count = len(depths)
+    count = len(written)
     legend = " ".join(tint(str(b), b, s.max_loops) for b in range(1, s.max_loops + 1))
-    passes = f"{sum(depths) / max(1, count):.2f} passes each on average (of {legend or 0})"
-    print(f"\n{count} tokens, {passes}, {count / (time.time() - begun):.1f} tokens/s", file=sys.stderr)
+    each = f"{passes / max(1, count):.2f} passes each on average (of {legend or 0})"
+    print(f"\n{count} tokens, {each}, {count / (time.time() - begun):.1f} tokens/s", file=sys.stderr)
     return written
 
 
@@ -159,9 +159,8 @@ class SumLinear(torch.nn.Linear):
 
 
 def compiled_for_one_token(plain, compiled, x, at, kv=None):
-    if x.size(1) == 1:
-        return compiled(x, at, kv)
-    return plain(x, at, kv)
+    forward = compiled if x.size(1) == 1 else plain
+    return forward(x, at, kv)
 
 
 def compile_step(model):
@@ -233,19 +232,16 @@ MUCH_TO_READ = 100e9  # weights, as 124 tokens of SmolLM2-135M at 8 passes read:
 def made_fast(model, s):
     """The model made fast to write with, sharing its weights: its step compiled, where --compile says so or, if it says
     nothing, where that pays on a CPU; else on a GPU recorded. Where compiling fails, a line says why."""
-    device = model.device
     compiling = s.compile
     if compiling is None:
         work = s.max_new_tokens * max(1, s.max_loops) * sum(p.numel() for p in model.reasoning.parameters())
-        compiling = device.type == "cpu" and work > MUCH_TO_READ
+        compiling = model.device.type == "cpu" and work > MUCH_TO_READ
     if compiling:
         print("compiling, which takes some seconds (--no-compile leaves it out)", file=sys.stderr)
         compiled = copy.deepcopy(model, {id(p): p for p in model.parameters()})
-        idx = torch.zeros(1, 1, dtype=torch.long, device=device)
-        size = min(13, model.config.block_size)  # the size of no layer: torch would fix it as that
         try:
             compile_step(compiled)
-            compiled.advance(idx, [0], compiled.new_cache(1, size, 1), 1, Halt())
+            compiled.generate([[0]], 12, 1, temperature=0)  # 13 tokens: no layer has this size, which torch would fix
             return compiled
         except Exception as e:  # of many types: of torch, of the compiler, of the disk
             print(f"compiling failed, going on without: {convert.one_line(e):.200}", file=sys.stderr)
@@ -306,7 +302,7 @@ def main():
     refuse(s.trace and s.chat, "--trace is of a text, not of a conversation: leave out --chat")
     directory = convert.resolve(s.init)
     model, tokenizer = s.load(directory)
-    unknown = s.chat and tokenizer.template is None
+    unknown = s.chat and not tokenizer.template
     refuse(unknown, "the model has no chat template that we know: expected ChatML, Llama 3's or Phi-4's")
     if s.trace:
         for prompt in inputs(s):

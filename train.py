@@ -43,6 +43,7 @@ RECIPES = {
     "paper": {},
     "short": dict(steps=120, accumulate=1, context=256, max_loops=6, supervised=2, warmup=20, eval_tokens=2048),
 }
+CONFIDENCE_LOSSES = {"token": token_confidence_loss, "sequence": sequence_confidence_loss}
 
 
 @dataclass
@@ -61,7 +62,7 @@ class Settings:
     max_loops: int = flag(20, "B, passes unrolled per batch (paper: 20)", 1)
     supervised: int = flag(5, "K, passes supervised among them (paper: 5)", 1)
     span: int = flag(1, "passes that a gradient crosses (paper: 1; its authors' code: 2)", 1)
-    confidence: str = flag("token", "q's target: per token, or sequence: Eq. 13", None, ("token", "sequence"))
+    confidence: str = flag("token", "q's target: per token, or sequence: Eq. 13", None, CONFIDENCE_LOSSES)
     trains: str = flag("middle", "all but embedding and encoder (paper), or all", None, ("middle", "all"))
     encoder_layers: int = flag(-1, "layers before the loop; -1: as it is cut, by the paper, or by its layer profile")
     decoder_layers: int = flag(-1, "layers after the loop; -1: likewise")
@@ -87,7 +88,6 @@ class Settings:
 
 FIXED = ("init", "data", "objective", "trains", "encoder_layers", "decoder_layers", "gate_start")  # in a resumed run
 THRESHOLDS = (0.5, 0.6, 0.8, 0.9, 0.95, 0.99, 2.0)  # of confidence, tried at the end of training
-CONFIDENCE_LOSSES = {"token": token_confidence_loss, "sequence": sequence_confidence_loss}
 
 
 # ---- What a step reads, and at what rate it learns
@@ -123,9 +123,8 @@ def make_optimizer(model, s):
     h⁰; for lm over all but what is new, the gate and the confidence head."""
     groups = {}
     for name, p in model.named_parameters():
-        part = name.split(".")[0]
-        new = part in ("gate", "q_head")
-        p.requires_grad_(s.trains == "all" or part not in ("wte", "wpe", "encoder"))
+        new = name.startswith(("gate.", "q_head."))
+        p.requires_grad_(s.trains == "all" or not name.startswith(("wte.", "wpe.", "encoder.")))
         if s.objective == "lm":
             p.requires_grad_(not new)
         if p.requires_grad:
@@ -158,7 +157,7 @@ def shard(model, device, dtype):
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 
     warnings.filterwarnings("ignore", "FSDP2-wrapped module")  # of writing into the output of a part: nobody does
-    policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, output_dtype=dtype)
+    policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
     mesh = dist.init_device_mesh(device.type, (world_size(),))
     for part in [*model.children(), *model.layers(), model]:
         if not isinstance(part, torch.nn.ModuleList):
@@ -186,7 +185,8 @@ def world_size():
 
 
 def summed(x):
-    """The sum of x over all processes, in place."""
+    """The sum of x, a number or a tensor, over all processes; of a tensor in place."""
+    x = torch.as_tensor(x)
     if dist.is_initialized():
         dist.all_reduce(x)
     return x
@@ -267,7 +267,7 @@ def setup(s):
 def restore(run, s, directory):
     """Put the optimizer, the number of steps and the files where a checkpoint left them. Rates are those of s."""
     with convert.reading(f"{directory / 'optimizer.pt'} (without {directory.name}, --resume takes the one before)"):
-        saved = torch.load(directory / "optimizer.pt", map_location="cpu", weights_only=True)
+        saved = torch.load(directory / "optimizer.pt", map_location="cpu")
         state = saved["optimizer"]["state"]
         if run.sharded:
             params = [p for group in run.optimizer.param_groups for p in group["params"]]
@@ -291,10 +291,9 @@ def save_checkpoint(run, s):
         convert.write_checkpoint(run.model, run.tokenizer, unfinished, weights=weights)
         (unfinished / "settings.json").write_text(json.dumps(asdict(s) | {"files": run.files}, indent=2))
         torch.save({"step": run.step, "optimizer": optimizer}, unfinished / "optimizer.pt")
-    for old in checkpoints(s.out)[: -s.keep]:
-        shutil.rmtree(old, ignore_errors=True)  # a link stays
-    for unfinished in Path(s.out).glob(f"{convert.STEP}.new-{'[0-9a-f]' * 8}"):  # what a crash while saving left
-        shutil.rmtree(unfinished, ignore_errors=True)
+    crashed = Path(s.out).glob(f"{convert.STEP}.new-{'[0-9a-f]' * 8}")  # while saving
+    for directory in [*checkpoints(s.out)[: -s.keep], *crashed]:
+        shutil.rmtree(directory, ignore_errors=True)  # a link stays
 
 
 # ---- One step
@@ -319,17 +318,17 @@ def train_step(run, s, tokens):
     supervised = random.Random(f"depths {s.seed} {run.step}").sample(range(s.max_loops), s.supervised)
     count = s.supervised if s.objective == "loop" else 1
     scale = world_size() if run.sharded else 1  # FSDP takes the mean over the processes
-    means = torch.zeros(3, device=run.device)
+    means = 0
     for x, y in convert.progress(batches, f"step {run.step + 1}", len(batches)):
-        if summed(torch.tensor(run.signals)) > 0:
+        if summed(run.signals):
             raise KeyboardInterrupt
         weight = (y >= 0).sum().item() / max(1, learned) / count
         if weight == 0:
             y = y.clamp(min=0)  # the loss must only be finite
         for terms in supervised_losses(run, s, x.to(run.device), y.to(run.device), supervised):
             (sum(terms) * weight * scale).backward()
-            means[: len(terms)] += torch.stack(terms).detach() * weight
-    return summed(means).tolist()[: len(terms)], optimizer_step(run, s)
+            means += torch.stack(terms).detach() * weight
+    return summed(means).tolist(), optimizer_step(run, s)
 
 
 def optimizer_step(run, s):
@@ -384,10 +383,10 @@ def conclude(run, s, held_out):
     losses = evaluate(run, s, held_out)
     if s.objective == "lm":
         return
-    best = min(loss for depth, loss in losses.items() if depth > 0)
+    _, *looped = losses.values()
     for threshold in THRESHOLDS:
         exit, histogram = held_out_losses(run.fast, held_out, s.batch, [], Halt(threshold=threshold), s.max_loops)
-        if summed(torch.tensor(int(exit["exit"] <= 1.01 * best))) > 0:  # all processes alike
+        if summed(int(exit["exit"] <= 1.01 * min(looped))):  # all processes alike
             break
     run.model.config.q_threshold = threshold
     save_checkpoint(run, s)
@@ -395,11 +394,11 @@ def conclude(run, s, held_out):
         return
     path = Path(s.out, "log.jsonl")
     with convert.reading(path):
-        records = [record for record in convert.read_records(path) if "held_out" in record]
+        logged = {record["step"]: record for record in convert.read_records(path) if "held_out" in record}
     print("\nheld-out loss at passes (0: unlooped)" + "".join(f"{depth:>11}" for depth in losses))
-    for record in [record for record in records if record["step"] == 0][-1:] + records[-1:]:
-        row = "".join(f"{record['held_out'].get(str(depth))!s:>11}" for depth in losses)
-        print(f"nats per token after step {record['step']:>11}{row}")
+    for step in sorted({0, run.step} & logged.keys()):
+        row = "".join(f"{logged[step]['held_out'].get(str(depth))!s:>11}" for depth in losses)
+        print(f"nats per token after step {step:>11}{row}")
     print(f"{summary(losses | exit, histogram)}; exit is at a confidence of {threshold}\n", flush=True)
 
 
@@ -414,8 +413,8 @@ def train(s):
     refuse(len(tokens) <= s.context, f"--data: {len(tokens)} tokens do not fill a context of {s.context}: give more")
     held_out = convert.windows(held_out, s.context, s.eval_tokens)
     c = run.model.config
-    print(f"{s.objective}: {c.encoder_layers} + {c.reasoning_layers} + {c.decoder_layers} layers,", end=" ")
-    print(f"{len(tokens):,} tokens, {world_size()} × {run.device}, {run.dtype}, to {s.out}", flush=True)
+    layers = f"{c.encoder_layers} + {c.reasoning_layers} + {c.decoder_layers} layers, {len(tokens):,} tokens"
+    print(f"{s.objective}: {layers}, {world_size()} × {run.device}, {run.dtype}, to {s.out}", flush=True)
     take_all_steps(run, s, tokens, held_out)
     print(f"written to {last_checkpoint(s)}", flush=True)
     return last_checkpoint(s)
@@ -443,14 +442,18 @@ def take_all_steps(run, s, tokens, held_out):
             run.step += 1
             if run.step % s.log_every == 0 or run.step in (1, s.steps) or not math.isfinite(norm):
                 seconds = time.time() - begun + 1e-9  # some clocks stand still for so long
-                terms = dict(zip(("lm", "mono", "q"), map(rounded, terms)))
-                speed = round(s.accumulate * s.batch * s.context / seconds)
-                left = round(seconds * (s.steps - run.step))
-                write_log(run, s, **terms, grad_norm=rounded(norm), tokens_per_second=speed, seconds_left=left)
+                write_log(
+                    run,
+                    s,
+                    **dict(zip(("lm", "mono", "q"), map(rounded, terms))),
+                    grad_norm=rounded(norm),
+                    tokens_per_second=round(s.accumulate * s.batch * s.context / seconds),
+                    seconds_left=round(seconds * (s.steps - run.step)),
+                )
             if run.step % s.eval_every == 0 or run.step == s.steps:
                 save_checkpoint(run, s)
             run.busy = False
-            if summed(torch.tensor(run.signals)) > 0:
+            if summed(run.signals):
                 raise KeyboardInterrupt
         conclude(run, s, held_out)
     except (KeyboardInterrupt, BrokenPipeError):
@@ -459,13 +462,13 @@ def take_all_steps(run, s, tokens, held_out):
         if run.step > 0:
             save_checkpoint(run, s)
             going_on = f"--resume --out={s.out} goes on"
-        print(f"stopped by a signal after step {run.step}; {going_on}", file=sys.stderr, flush=True)
+        print(f"stopped by a signal after step {run.step}; {going_on}", file=sys.stderr)
         os._exit(1)
 
 
 # ---- The whole story, without --init: linked lists
-SLOTS = "abcdefghijklmnopqrstuvwx"
-VALUES = "0123456789ABCDEF"
+SLOTS = list("abcdefghijklmnopqrstuvwx")
+VALUES = list("0123456789ABCDEF")
 QUESTIONS = 12  # per document
 CONTEXT = len(SLOTS) + 2 * QUESTIONS + 1  # one document and its end
 
@@ -474,25 +477,25 @@ def list_document(chance, links):
     """A line of .jsonl. Its text says what each slot a, b, c … holds: the name of another slot or, where a chain ends,
     a value; then come questions: a slot, and the value at the end of its chain. All chains have `links` slots. A link
     is a step of attention that needs the one before: width buys no depth, and there is nothing to memorise."""
-    chains = chance.permutation(list(SLOTS)).reshape(-1, links)
-    values = chance.choice(list(VALUES), len(chains), replace=len(chains) > len(VALUES))
+    chains = chance.permutation(SLOTS).reshape(-1, links)
+    values = chance.choice(VALUES, len(chains), replace=len(chains) > len(VALUES))
     holds = {}
     answers = {}
     for chain, value in zip(chains, values):
         holds |= zip(chain, [value, *chain])  # the first slot the value, each other one the slot before it
         for distance, slot in enumerate(chain, start=1):
             answers[slot] = (f" {value}", f"{distance} links")
-    asked = chance.permutation(list(SLOTS))[:QUESTIONS]
+    asked = chance.permutation(SLOTS)[:QUESTIONS]
     prompts = [f" {slot}" for slot in asked]
     prompts[0] = "".join(f" {holds[slot]}" for slot in SLOTS) + prompts[0]
-    completions, kinds = zip(*(answers[slot] for slot in asked))
+    completions, kinds = zip(*map(answers.get, asked))
     return {"prompt": prompts, "completion": completions, "kind": kinds}
 
 
 def write_lists(path, count, lengths, seed):
     """Write `count` documents, of chains of each of these lengths in turn."""
     chance = np.random.default_rng(seed)
-    lines = [json.dumps(list_document(chance, lengths[i % len(lengths)])) + "\n" for i in range(count)]
+    lines = [json.dumps(list_document(chance, links)) + "\n" for links in np.resize(lengths, count)]
     path.write_text("".join(lines))
 
 
@@ -526,7 +529,6 @@ def write_untrained(directory, seed):
             p.data.normal_(std=std)
         elif name.endswith("bias"):
             p.data.zero_()
-    model.reset_new_parameters()
     convert.save(model, tokenizer, directory, "hf")
 
 
@@ -582,12 +584,13 @@ def story(given):
 def stage(title, s):
     """Run `s`, or go on with it where it was broken off. Nothing is to be done where its last checkpoint is there."""
     print(f"== {title}")
-    for directory in checkpoints(s.out)[-1:]:
+    begun = checkpoints(s.out)
+    for directory in begun[-1:]:
         before = convert.read_json(directory / "settings.json")
         changed = before != before | asdict(s) | {"resume": before.get("resume")}
         refuse(changed, f"{directory} was trained with other settings: name another --out")
     if not last_checkpoint(s).exists():
-        train(replace(s, resume=bool(checkpoints(s.out))))
+        train(replace(s, resume=bool(begun)))
 
 
 # ---- The command line
@@ -600,8 +603,8 @@ def resumed(given):
     saved = convert.read_json(path)
     with convert.reading(path):
         saved.pop("files")
-        found, expected = ([(name, type(x)) for name, x in d.items()] for d in (saved, asdict(Settings())))
-        refuse(found != expected, "another version has written it, or it is damaged: train anew")
+        types = {name: type(x) for name, x in saved.items()}
+        refuse(types != Settings.__annotations__, "another version has written it, or it is damaged: train anew")
     for name in FIXED:
         changed = given.get(name, saved[name]) != saved[name]
         refuse(changed, f"--{name} cannot change in a resumed run, which has {saved[name]!r}: leave it out")
@@ -629,7 +632,7 @@ def main():
         return story(given)
     if launched:
         join_processes()
-    device, _ = convert.pick_device(given.get("device", ""), "fp32")
+    device, _ = convert.pick_device(given.get("device"), "fp32")
     if device.type == "cpu" and "recipe" not in given:
         given["recipe"] = "short"
         print(f"--recipe=short on a CPU (--recipe=paper for the paper's constants): {RECIPES['short']}")
