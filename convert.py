@@ -1,6 +1,5 @@
 """
-What is read from and written to disk: families of models, checkpoints, cuts, the hub, tokenizers, text. At its end the
-command line that all programs share.
+What is read from and written to disk and, at its end, the command line that all programs share.
 
     python convert.py SRC OUT          write SRC as a LoopUS checkpoint, or with --format=hf as an unlooped model
     python convert.py SRC --profile    show how much each layer changes the state, and where that cuts the model
@@ -60,10 +59,8 @@ def refuse(condition, message):
 
 def read_json(path):
     """The object in a JSON file; {} where there is no such file."""
-    if not path.exists():
-        return {}
     with reading(path):
-        return dict(json.loads(path.read_bytes()))
+        return dict(json.loads(path.read_bytes())) if path.exists() else {}
 
 
 def listed(x):
@@ -72,7 +69,6 @@ def listed(x):
 
 
 def expand(path):
-    """The path, with a ~ at its beginning as the user's home."""
     return Path(os.path.expanduser(path))
 
 
@@ -88,7 +84,6 @@ class Family(NamedTuple):
     looped: bool = False  # checkpoints have the gate and the confidence head, too
 
 
-# fmt: off
 GPT2 = Family(
     keys=dict(
         vocab_size="vocab_size", block_size="n_positions", n_layer="n_layer", n_head="n_head", n_embd="n_embd",
@@ -104,7 +99,7 @@ GPT2 = Family(
         wte="transformer.wte", wpe="transformer.wpe", norm="transformer.ln_f", lm_head="lm_head",
         ln_1="ln_1", qkv="attn.c_attn", out="attn.c_proj", ln_2="ln_2", up="mlp.c_fc", down="mlp.c_proj",
     ),
-)
+)  # fmt: skip
 LLAMA = Family(
     keys=dict(
         vocab_size="vocab_size", block_size="max_position_embeddings", n_layer="num_hidden_layers",
@@ -125,8 +120,7 @@ LLAMA = Family(
         q_norm="self_attn.q_norm", k_norm="self_attn.k_norm", out="self_attn.o_proj",
         ln_2="post_attention_layernorm", up=["mlp.gate_proj", "mlp.up_proj"], down="mlp.down_proj",
     ),
-)
-# fmt: on
+)  # fmt: skip
 QWEN = LLAMA._replace(supported=LLAMA.supported | dict(use_sliding_window=[False, True]))
 FAMILIES = {
     "gpt2": GPT2,
@@ -137,13 +131,11 @@ FAMILIES = {
     "phi3": LLAMA._replace(modules=LLAMA.modules | dict(qkv="self_attn.qkv_proj", up="mlp.gate_up_proj")),
 }
 # The LoopUS authors' checkpoints: within a layer the family's own names, and these outside. wpe is our addition.
-# fmt: off
 LOOPED_MODULES = {
     "wte": "encoder.embed_tokens", "wpe": "encoder.embed_positions",
     "gate": "reasoning.gate", "gate.down": "reasoning.gate.dt_input_proj", "gate.up": "reasoning.gate.delta_proj",
     "norm": "decoder.norm", "lm_head": "decoder.lm_head", "q_head.0": "q_head.0", "q_head.1": "q_head.1",
-}
-# fmt: on
+}  # fmt: skip
 # What the authors' code reads at inference, for models that they have not written.
 LOOPED_DEFAULTS = dict(N=8, q_threshold=0.6, q_eval_interval=1, halting_strategy="threshold", convergence_epsilon=0.01)
 BUFFERS = (".attn.bias", ".attn.masked_bias", ".rotary_emb.inv_freq")  # of old checkpoints; they hold no weights
@@ -155,23 +147,21 @@ def looped(family):
 
 
 def read_config(path):
-    """config.json → (Family, Config, is the output projection tied to the embedding). An unlooped model is not cut yet.
-    Raises InputError for what we cannot run."""
+    """config.json → (Family, Config). An unlooped model is not cut yet. Raises InputError for what we cannot run."""
     raw = read_json(path)
     with reading(path):
-        family, values, tied = read_family(raw.get("base_config_dict", raw))
+        family, values = read_family(raw.get("base_config_dict", raw))
         if raw.get("model_type") != "lds":
-            return family, Config(**values, encoder_layers=0, decoder_layers=0), tied
+            return family, Config(**values, encoder_layers=0, decoder_layers=0)
         stacks = [raw[f"{stack}_layer_indices"] for stack in ("encoder", "reasoning", "decoder")]
         in_order = sum(stacks, []) == list(range(values["n_layer"]))
         refuse(not in_order, f"its layers are {stacks}: expected all {values['n_layer']} in their order")
         values |= {"encoder_layers": len(stacks[0]), "decoder_layers": len(stacks[2]), "base": raw}
-        return looped(family), Config(**values, q_threshold=float((LOOPED_DEFAULTS | raw)["q_threshold"])), False
+        return looped(family), Config(**values, q_threshold=float((LOOPED_DEFAULTS | raw)["q_threshold"]))
 
 
 def read_family(base):
-    """The config of an unlooped model → (Family, fields of our Config, is its output projection tied). Raises
-    InputError for what we cannot run."""
+    """The config of an unlooped model → (Family, fields of our Config). Raises InputError for what we cannot run."""
     family = FAMILIES.get(base.get("model_type"))
     refuse(not family, f"model_type {base.get('model_type')!r} is not supported: expected {', '.join(FAMILIES)}")
     rope = base.get("rope_scaling") or base.get("rope_parameters") or {}  # the older spelling, the newer one
@@ -189,7 +179,7 @@ def read_family(base):
     refuse(windowed, "a sliding window is not supported: expected attention to all earlier tokens")
     if "rotary" not in values:
         values["rotary"] = rotary_angles(raw, values["head_dim"])
-    return family, values, raw["tie_word_embeddings"]
+    return family, values
 
 
 def rotary_angles(raw, head_dim):
@@ -228,39 +218,34 @@ def config_to_write(config, format, dtype):
 
 # ---- Checkpoints
 def load(src, device="cpu", dtype=torch.float32, encoder_layers=-1, decoder_layers=-1):
-    """→ (model in eval mode, tokenizer or None) from `src`, a hub name or a directory.
-
-    dtype None: each tensor as it is stored. Layers of −1: as the checkpoint is cut or, if it was never looped, by
-    `default_cuts`. Raises InputError for what is missing, misshapen or unsupported."""
+    """→ (model in eval mode, tokenizer or None) from `src`, a hub name or a directory. dtype None: each tensor as it is
+    stored. Layers of −1: as the checkpoint is cut or, if it was never looped, as the paper has cut a model of its size,
+    else by `choose_cuts`. Raises InputError for what is missing, misshapen or unsupported."""
     directory = resolve(src)
-    family, config, tied = read_config(directory / "config.json")
+    family, config = read_config(directory / "config.json")
     tokenizer = load_tokenizer(directory, config.vocab_size)
-    model = read_model(directory, family, config, tied, device, dtype).eval()
-    encoder, decoder = config.encoder_layers, config.decoder_layers
-    if not family.looped and -1 in (encoder_layers, decoder_layers):
-        encoder, decoder = default_cuts(model, tokenizer)
-    if encoder_layers != -1:
-        encoder = encoder_layers
-    if decoder_layers != -1:
-        decoder = decoder_layers
-    cut(model, encoder, decoder)
+    model = read_model(directory, family, config, device, dtype).eval()
+    cuts = (config.encoder_layers, config.decoder_layers)
+    asked = (encoder_layers, decoder_layers)
+    if not family.looped and -1 in asked:
+        size = (config.n_layer, config.n_embd)
+        cuts = PAPER_CUTS.get(size) or choose_cuts(layer_distances(model, sample_text(model, tokenizer)))
+    cut(model, *[own if layers == -1 else layers for own, layers in zip(cuts, asked)])
     return model, tokenizer
 
 
 def stored_names(model, family):
-    """{name of a parameter of ours: its tensors in the checkpoints of a family}. The rows of several tensors lie one
-    below the other in ours."""
-    config = model.config
-    # the layer of the whole model that each stack begins with
-    first = {"encoder": 0, "reasoning": config.encoder_layers, "decoder": config.n_layer - config.decoder_layers}
+    """{name of a parameter of ours: its tensors, whose rows lie one below the other, in the checkpoints of a family}"""
+    c = model.config
+    first_layer = {"encoder": 0, "reasoning": c.encoder_layers, "decoder": c.n_layer - c.decoder_layers}
     stored = {}
     for name in model.state_dict():
         module, leaf = name.rsplit(".", 1)
         stack, *place = module.split(".")
         prefix = ""
-        if stack in first:  # encoder.3.qkv, say
+        if stack in first_layer:  # encoder.3.qkv, say
             j, module = place
-            prefix = family.layer.format(stack=stack, j=j, i=first[stack] + int(j))
+            prefix = family.layer.format(stack=stack, j=j, i=first_layer[stack] + int(j))
         if module in family.modules:
             stored[name] = [f"{prefix}{stored_module}.{leaf}" for stored_module in listed(family.modules[module])]
     return stored
@@ -271,7 +256,7 @@ def turned(name, tensor):
     return tensor.t() if ".c_" in name else tensor
 
 
-def read_model(directory, family, config, tied, device, dtype):
+def read_model(directory, family, config, device, dtype):
     """The model of `config` with the weights of a directory. Raises InputError where these disagree with it."""
     tensors = read_tensors(directory)
     with reading(f"the weights and the config.json in {directory}"):
@@ -279,7 +264,8 @@ def read_model(directory, family, config, tied, device, dtype):
         with torch.device("meta"):
             model = LoopUS(config)
         stored = stored_names(model, family)
-        if tied and "lm_head.weight" not in tensors:
+        tied = config.base.get("tie_word_embeddings", family.supported["tie_word_embeddings"][0])
+        if tied and not family.looped and "lm_head.weight" not in tensors:
             stored["lm_head.weight"] = stored["wte.weight"]
         wanted = {bare(tensor_name) for names in stored.values() for tensor_name in names}
         odd = sorted(wanted ^ tensors.keys())
@@ -335,12 +321,10 @@ def read_tensors(directory):
 
 
 # What says how a model reads, talks and is drawn from: read beside the weights, and written back with them unchanged.
-# fmt: off
 TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja",
     "generation_config.json",
-)
-# fmt: on
+)  # fmt: skip
 STEP = "step-" + "[0-9]" * 7  # a finished checkpoint of a training run; one being written has more to its name
 
 
@@ -373,8 +357,7 @@ def all_or_nothing(out_dir):
 
 def write_checkpoint(model, tokenizer, directory, format="authors", weights=None):
     """Write config.json, the weights and the tokenizer's files. format "authors": looped, as the LoopUS authors have
-    it; "hf": encoder, reasoning block and decoder as one unlooped model, as on the hub. `weights` {name: tensor} stand
-    in for the model's own, where each process holds a share of these."""
+    it; "hf": unlooped, as on the hub. `weights`: {name: tensor}, where each process holds but a share of them."""
     weights = weights or model.state_dict()
     family, config = config_to_write(model.config, format, model.lm_head.weight.dtype)
     keys = model.config.n_kv_head * model.config.head_dim
@@ -395,7 +378,7 @@ def write_checkpoint(model, tokenizer, directory, format="authors", weights=None
 def cache_dir():
     """Where downloads and tokenised texts are kept."""
     path = expand(os.environ.get("LOOPUS_CACHE") or "~/.cache/loopus")
-    with reading(f"no cache for downloads and tokenised texts, name another directory by LOOPUS_CACHE: {path}"):
+    with reading(f"no cache, LOOPUS_CACHE can name another directory: {path}"):
         path.mkdir(parents=True, exist_ok=True)
     return path
 
@@ -419,14 +402,10 @@ def resolve(src):
     return download(name, revision or "main")
 
 
-def hub_home():
-    """Where the hub's own tools keep models and the user's token."""
-    return expand(os.environ.get("HF_HOME") or "~/.cache/huggingface")
-
-
 def download(name, revision):
     """→ the directory of a model on the hub: where the hub's own tools keep it, or a copy in our cache."""
-    model = hub_home() / "hub" / f"models--{name.replace('/', '--')}"
+    home = expand(os.environ.get("HF_HOME") or "~/.cache/huggingface")
+    model = home / "hub" / f"models--{name.replace('/', '--')}"
     ref = model / "refs" / revision
     commit = ref.read_text().strip() if ref.exists() else revision
     target = cache_dir() / f"{name}@{revision}".replace("/", "--")
@@ -435,11 +414,13 @@ def download(name, revision):
             return directory
     endpoint = os.environ.get("HF_ENDPOINT") or "https://huggingface.co"
     url = f"{endpoint.rstrip('/')}/{name}/resolve/{quote(commit, safe='')}/"
+    login = home / "token"
+    token = os.environ.get("HF_TOKEN") or (login.read_text() if login.is_file() else "")
     with all_or_nothing(target) as unfinished:
         for file in ("config.json", INDEX, *TOKENIZER_FILES):
-            fetch(url, unfinished / file)
+            fetch(url, unfinished / file, token.strip())
         for shard in shards(unfinished):
-            fetch(url, shard)
+            fetch(url, shard, token.strip())
     return target
 
 
@@ -453,14 +434,11 @@ class SameHost(HTTPRedirectHandler):
         return followed
 
 
-def fetch(url, target):
-    """Download the file of target's name from below url; all but config.json and weights may be absent there. Raises
-    InputError."""
+def fetch(url, target, token):
+    """Download the file of target's name from below url. InputError, unless it may be absent: no config, no weights."""
     request = Request(url + target.name)
-    login = hub_home() / "token"
-    token = os.environ.get("HF_TOKEN") or (login.read_text() if login.is_file() else "")
-    if token.strip():
-        request.add_header("Authorization", f"Bearer {token.strip()}")
+    if token:
+        request.add_header("Authorization", f"Bearer {token}")
     with reading(f"cannot fetch {request.full_url}"):
         try:
             with build_opener(SameHost).open(request, timeout=30) as answer, open(target, "wb") as out:
@@ -474,7 +452,6 @@ def fetch(url, target):
 
 
 # ---- Tokenizers: tiktoken for byte-level BPE that cuts words by a pattern we know, the tokenizers package for others
-# fmt: off
 GPT2_SPLIT = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 SMOLLM2_SPLIT = r"\p{N}|'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?[^\s\p{L}\p{N}]+|\s+(?![^\s\p{N}])|\s+"  # one digit each
 LLAMA3_SPLIT = (  # and cl100k's, Phi-4's
@@ -486,7 +463,6 @@ O200K_SPLIT = (
     r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*(?i:'s|'t|'re|'ve|'m|'ll|'d)?|"
     r"\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
-# fmt: on
 SPLITS = (LLAMA3_SPLIT, LLAMA3_SPLIT.replace("{1,3}", ""), O200K_SPLIT)  # the second: Qwen's
 # Byte-level BPE writes each byte as one printable character: the visible ones of Latin-1 as they are.
 spare = count(256)  # for the bytes of no visible character
@@ -562,7 +538,6 @@ class ByteLevel:
         self.split = re.compile(f"({any_added or '(?!)'})").split
 
     def encode(self, text, typed, first):
-        """See `Tokenizer.encode`."""
         if typed:
             return self.encode_words(text)
         ids = []
@@ -596,7 +571,6 @@ class Package:
         self.vocab = self.readers[0].get_vocab()
 
     def encode(self, text, typed, first):
-        """See `Tokenizer.encode`."""
         for before in [""] if first else ["\n", ".", "a", ""]:  # one of them does not merge with the text
             head = self.ids(before, typed)
             whole = self.ids(before + text, typed)
@@ -612,15 +586,10 @@ class Tokenizer:
     """A tokenizer.json (its content is `spec`) with the configs and files beside it: text to ids and back, with the ids
     of the tokenizers library.
 
-    n_vocab       1 + the largest id
-    added         {content: id} of the added tokens
-    begin         ids before each text
-    end_of_text   id between documents, or None
-    ends          ids at which writing stops
-    prefix        id to put before a text where something must stand there, or None
-    template      the Template of its conversations, or None; stated_template: what the model itself states
-    files         {name: bytes} of TOKENIZER_FILES
-    """
+    n_vocab: 1 + the largest id; added: {content: id} of the added tokens; begin: ids before each text; end_of_text: id
+    between documents, or None; ends: ids at which writing stops; prefix: id to put before a text where something must
+    stand there, or None; template: the Template of its conversations, or None; stated_template: what the model itself
+    states; files: {name: bytes} of TOKENIZER_FILES"""
 
     def __init__(self, spec, configs=({},), files=None):
         tokens = [ADDED | token for token in spec.get("added_tokens") or [] if token["content"]]
@@ -643,9 +612,8 @@ class Tokenizer:
         ends = self.stated_ids("eos", configs) or [self.added[name] for name in ENDS if name in self.added][:1]
         self.ends = set(ends)
         self.end_of_text = next(iter(ends), None)
-        if configs[0]:  # as in other tools, tokenizer_config.json decides alone how a text begins
-            configs = configs[:1]
-        self.prefix = [*self.begin, *self.stated_ids("bos", configs), self.end_of_text][0]
+        alone = configs[:1] if configs[0] else configs  # as elsewhere, tokenizer_config.json tells how a text begins
+        self.prefix = [*self.begin, *self.stated_ids("bos", alone), self.end_of_text][0]
         template = self.files.get("chat_template.jinja", b"").decode()
         self.stated_template = template or str(configs[0].get("chat_template") or "")
         self.template = find_template(self)
@@ -727,9 +695,7 @@ def load_tokenizer(src, vocab_size=math.inf):
 
 # ---- Text: the records of a file → segments, learned or only read → ids → a memory-mapped array → rows
 class Segment(NamedTuple):
-    """A part of a document."""
-
-    text: str
+    text: str  # a part of a document
     learned: bool  # or only read
     typed: bool = False  # special tokens in it are plain text
 
@@ -849,14 +815,13 @@ def tokenise(files, tokenizer, path):
     end = {tokenizer.end_of_text} - {None}
     encode = partial(encode_document, tokenizer=tokenizer, begin=tokenizer.begin, end=end)
     pool = ThreadPoolExecutor()
+    size = sum(file.stat().st_size for file in files)
     with all_or_nothing(path.parent) as unfinished, open(unfinished / path.name, "wb") as out:
-        for batch in progress(batches, "tokenising", sum(file.stat().st_size for file in files), characters):
+        for batch in progress(
+            batches, "tokenising", size, lambda batch: len("".join(s.text for d in batch for s in d))
+        ):
             for ids in pool.map(encode, batch):
                 np.array(ids, np.int32).tofile(out)
-
-
-def characters(documents):
-    return sum(len(segment.text) for segments in documents for segment in segments)
 
 
 def map_tokens(path, tokenizer):
@@ -940,8 +905,7 @@ def rows(tokens, starts, context):
 
 
 def windows(tokens, context, limit):
-    """At most `limit` held-out tokens as evenly spread rows: inputs and next tokens, (n, context) each. Raises
-    InputError if there are too few tokens, or none that is learned."""
+    """At most `limit` held-out tokens as evenly spread `rows`. InputError: too few, or none that is learned."""
     count = (len(tokens) - 1) // context
     refuse(count < 1, f"{len(tokens)} tokens of held-out text do not fill one context of {context}: give more text")
     wanted = max(1, min(count, limit // context))
@@ -961,17 +925,9 @@ PAPER_CUTS = {  # Fig. 16, 17: (layers, width) of the model → (encoder layers,
 }
 
 
-def default_cuts(model, tokenizer):
-    """→ encoder and decoder layers: the paper's cut where it has cut a model of this size, else `choose_cuts`."""
-    size = (model.config.n_layer, model.config.n_embd)
-    return PAPER_CUTS.get(size) or choose_cuts(layer_distances(model, sample_text(model, tokenizer)))
-
-
 def sample_text(model, tokenizer):
     """Tokens (1, T) to look at a model with: this project's own words or, without a tokenizer, arbitrary tokens."""
-    ids = range(model.config.vocab_size)
-    if tokenizer:
-        ids = tokenizer.encode(loopus.__doc__)
+    ids = tokenizer.encode(loopus.__doc__) if tokenizer else range(model.config.vocab_size)
     ids = ids[: min(256, model.config.block_size)]
     return torch.tensor([ids], device=model.device)
 
@@ -1067,19 +1023,15 @@ DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 def pick_device(name, dtype):
     """→ device and dtype of --device and --dtype; where empty, the best device, and bf16 if it is good at that."""
-    if not name:
-        name = "cpu"
-        if torch.accelerator.is_available():
-            name = torch.accelerator.current_accelerator().type
+    best = torch.accelerator.is_available() and torch.accelerator.current_accelerator()
     with reading(f"--device={name}"):
-        device = torch.empty(0, device=name).device
+        device = torch.empty(0, device=name or best or "cpu").device
     native_bf16 = device.type == "cpu" and getattr(torch.cpu, "_is_avx512_bf16_supported", bool)()
     if device.type == "cuda":
         torch.cuda.set_device(device)  # graphs, memory and waiting are those of the current one
         native_bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
-    if not dtype:
-        dtype = "bf16" if native_bf16 else "fp32"
-    return device, DTYPES[dtype]
+    native = "bf16" if native_bf16 else "fp32"
+    return device, DTYPES[dtype or native]
 
 
 def progress(items, what, total, size=lambda item: 1):

@@ -77,10 +77,6 @@ def held_out_losses(model, sequences, batch, depths, halt=None, max_loops=8):
     return {column: total / count for column, total in sums.items()}, histogram
 
 
-def mean_passes(histogram):
-    return np.average(range(len(histogram)), weights=histogram)
-
-
 class Answer(NamedTuple):
     """Tokens start … stop − 1 of a document, which answer a question of this kind."""
 
@@ -102,8 +98,7 @@ class Reply(NamedTuple):
 
 
 def read_answers(path, tokenizer, block_size):
-    """The documents of a file in which each completion has its "kind" → (tokens, Answers) of each; none of others.
-    Raises InputError for a document that is longer than block_size."""
+    """→ (tokens, Answers) of each document of a file whose completions have a "kind". InputError: one is too long."""
     documents = []
     for number, record in enumerate(convert.read_records(path), start=1):
         kinds = record.get("kind")
@@ -158,7 +153,6 @@ def accuracy_by_kind(model, documents, depths, halt=None, max_loops=8, batch=64)
 
 
 def print_accuracy(rows):
-    """A table of `accuracy_by_kind`."""
     names = next(iter(rows.values()))
     means = {name: np.mean([columns[name] for columns in rows.values()]) for name in names}
     print("\nshare of right answers; passes are those that the answers take by exit")
@@ -168,8 +162,7 @@ def print_accuracy(rows):
 
 
 def held_out(directory, tokenizer, block_size, val=""):
-    """→ the ids of `val` or, without it, of what the training of a checkpoint held out, by the files that it had; and
-    the documents of `read_answers` in them."""
+    """→ the ids of `val` or, without it, of what a checkpoint's training held out; and their `read_answers`, if any."""
     if not val:
         path = directory / "settings.json"
         trained = convert.read_json(path)
@@ -207,7 +200,7 @@ def measure_losses(s):
     tokens, documents = held_out(directory, tokenizer, model.config.block_size, s.data)
     sequences = windows(tokens, min(s.context, model.config.block_size), s.tokens)
     losses, histogram = held_out_losses(model, sequences, s.batch, range(s.max_loops + 1), s.rule(), s.max_loops)
-    means = {"exit": mean_passes(histogram), "control": 0}
+    means = {"exit": np.average(range(len(histogram)), weights=histogram), "control": 0}
     table = dict(losses)
     if control:
         other, other_tokenizer = s.load(control)
@@ -240,26 +233,18 @@ def measure_losses(s):
 def summary(losses, histogram):
     """What `held_out_losses` come to, in a sentence."""
     losses = dict(losses)
-    exits = f"exit {losses.pop('exit'):.4f} after {mean_passes(histogram):.2f}"
+    mean = np.average(range(len(histogram)), weights=histogram)
+    exits = f"exit {losses.pop('exit'):.4f} after {mean:.2f}"
     best = min(losses, key=lambda depth: (depth == 0, losses[depth]))
     return f"best fixed depth: {best} passes, {losses[best]:.4f} nats per token; {exits}; unlooped {losses[0]:.4f}"
 
 
 # ---- Benchmarks, §4: the model as lm-evaluation-harness asks for it, at one depth or with exit
-def import_harness():
-    """lm-evaluation-harness, which is an optional extra. Raises InputError where it is not installed."""
-    with convert.reading('--tasks needs lm-evaluation-harness: pip install ".[eval]"'):
-        import lm_eval.api.model
-        import lm_eval.tasks
-    return lm_eval
-
-
-def harness_model(harness, model, tokenizer, batch, *column):
-    """A model in one column of `states` (depths, halt, max_loops), as the harness asks for it; its `passes` are those
-    of the scored tokens."""
+def harness_model(lm_eval, model, tokenizer, batch, *column):
+    """A model in a column of `states` (depths, halt, max_loops), for the harness; `passes`: those of scored tokens."""
     size = model.config.block_size
 
-    class Scorer(harness.api.model.TemplateLM):
+    class Scorer(lm_eval.api.model.TemplateLM):
         eot_token_id = tokenizer.end_of_text
         prefix_token_id = tokenizer.prefix or 0
         passes = []
@@ -270,8 +255,7 @@ def harness_model(harness, model, tokenizer, batch, *column):
             return tokenizer.start(string)
 
         def _loglikelihood_tokens(self, requests, **_):
-            """(log-probability, would greedy decoding write it?) of each continuation. What is too long loses its
-            beginning."""
+            """(log-probability, is it the greedy one?) of each continuation. What is too long loses its beginning."""
             documents = []
             for _, context, continuation in requests:
                 tokens = [*(context or [self.prefix_token_id]), *continuation][-size - 1 :]
@@ -300,8 +284,11 @@ def harness_model(harness, model, tokenizer, batch, *column):
 
 def measure_tables(s):
     """Benchmark the models of --init, one after the other: the harness's own table for each column."""
-    harness = import_harness()
-    manager = harness.tasks.TaskManager(include_path=s.include_path)
+    with convert.reading('--tasks needs lm-evaluation-harness: pip install ".[eval]"'):
+        import lm_eval.api.model
+        import lm_eval.tasks
+    manager = lm_eval.tasks.TaskManager(include_path=s.include_path)
+    options = dict(task_manager=manager, num_fewshot=s.num_fewshot, limit=s.limit)
     report = defaultdict(dict)
     for init in s.init.split(","):
         own = replace(s)  # with this model's threshold
@@ -311,21 +298,14 @@ def measure_tables(s):
             columns |= {str(depth): ([depth],) for depth in DEPTHS if depth <= s.max_loops}
             columns["exit"] = ([], own.rule(), s.max_loops)
         for name, column in columns.items():
-            scorer = harness_model(harness, model, tokenizer, s.batch, *column)
+            scorer = harness_model(lm_eval, model, tokenizer, s.batch, *column)
             with convert.reading(f"--tasks={s.tasks}"), redirect_stdout(sys.stderr):
-                results = harness.simple_evaluate(
-                    scorer,
-                    tasks=s.tasks.split(","),
-                    task_manager=manager,
-                    num_fewshot=s.num_fewshot,
-                    limit=s.limit,
-                    log_samples=False,
-                )
+                results = lm_eval.simple_evaluate(scorer, tasks=s.tasks.split(","), log_samples=False, **options)
             passes = sum(scorer.passes) / max(1, len(scorer.passes))
             report[init][name] = {"results": results["results"], "passes": passes}
             if not s.json:
                 print(f"{init or 'the newest model'}, passes: {name} (mean of the scored tokens {passes:.2f})")
-                print(harness.utils.make_table(results), flush=True)
+                print(lm_eval.utils.make_table(results), flush=True)
     if s.json:
         print(json.dumps(report, default=float))
 

@@ -302,7 +302,7 @@ class LoopUS(nn.Module):
     def forward(self, idx, loops):
         """Logits (B, T, V) after `loops` gated passes, unstopped; loops=0: the pretrained model, one ungated pass."""
         h = self.encode(idx)
-        if loops == 0:
+        if loops < 1:
             h = self.propose(h)
         for _ in range(loops):
             h = self.refine(h)
@@ -332,7 +332,7 @@ class LoopUS(nn.Module):
             at = at._replace(mask=None)
         place = (slice(None), slice(None), rows[:, None], at.position)
         h = self.encode(idx, at, cache[0])
-        if max_loops == 0:
+        if max_loops < 1:
             h = self.propose(h, at, cache[1])
         depth = torch.zeros_like(idx)
         running = at.running
@@ -361,8 +361,6 @@ class LoopUS(nn.Module):
         texts = [list(prompt) for prompt in prompts]
         if not texts or [] in texts:
             raise InputError("a prompt is empty: give at least one token")
-        if max_loops < 0 or max_new_tokens < 0:
-            raise InputError(f"max_loops={max_loops} and max_new_tokens={max_new_tokens}: expected 0 or more")
         size = min(self.config.block_size, max(map(len, texts)) + max_new_tokens)
         cache = self.new_cache(len(texts), size, max_loops)
         cached = [0] * len(texts)  # how many tokens of each text the cache holds
@@ -409,8 +407,6 @@ def sample(logits, temperature=1.0, top_k=None, top_p=None, generator=None):
     """Draw tokens (B,) from logits (B, V), among the fewest of the top_k likeliest that reach the probability top_p."""
     if not logits.isfinite().all():
         raise InputError("the model's logits are not finite: are its weights or its config.json damaged?")
-    if temperature < 0 or (top_k is not None and top_k < 1):
-        raise InputError(f"temperature={temperature} and top_k={top_k}: expected at least 0 and at least 1")
     if temperature < 1e-6:  # float32 cannot divide by much less
         return logits.argmax(dim=-1)
     logits, order = logits.float().sort(descending=True)
@@ -431,7 +427,7 @@ def early_exit(model, idx, max_loops, halt):
     values of its last one. → states (B, T, C), depths (B, T)."""
     h = model.encode(idx)
     depth = torch.zeros_like(idx)
-    if max_loops == 0:
+    if max_loops < 1:
         return model.propose(h), depth
     B, T = idx.shape
     last_kv = model.new_cache(B, T, 1)[1].to(h.dtype)  # keys and values of each token's last pass

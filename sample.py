@@ -57,8 +57,7 @@ def tint(text, passes, max_loops):
 
 
 def show(model, tokenizer, ids, most, draw, s):
-    """Write at most so many tokens after ids: the text to standard output, one line about it to standard error. → its
-    tokens"""
+    """Write at most `most` tokens after ids to standard output, and one line about them to standard error. → tokens"""
     utf8 = codecs.getincrementaldecoder("utf-8")("replace")  # a character can span tokens
     written = []
     passes = 0
@@ -79,7 +78,6 @@ def show(model, tokenizer, ids, most, draw, s):
 
 
 def write(model, tokenizer, prompt, s):
-    """Print a prompt and its continuation."""
     print(prompt, end="", flush=True)
     show(model, tokenizer, tokenizer.start(prompt), s.max_new_tokens, drawing(model, s), s)
 
@@ -146,8 +144,7 @@ def trace(model, tokenizer, prompt, s):
 
 # ---- For speed alone: compiled and recorded writing. A first reading may skip this.
 class SumLinear(torch.nn.Linear):
-    """A linear layer that is a sum for one token: compiled for a CPU it reads the matrix at the memory's speed, twice
-    as fast as torch's product."""
+    """A linear layer that is a sum for one token: compiled for a CPU it reads its matrix twice as fast as a product."""
 
     def forward(self, x):
         if x.numel() > x.size(-1):
@@ -195,8 +192,7 @@ class Recorded:
         graphs = cache.__dict__.setdefault("graphs", {})  # which end with their cache
         which = (self, x.shape)
         if which not in graphs:
-            result, graphs[which] = self.record(x, at, cache)
-            return result
+            graphs[which] = self.record(x, at, cache)
         graph, places, output = graphs[which]
         for place, value in zip(places, (x, *at)):
             if value is not None:
@@ -205,22 +201,21 @@ class Recorded:
         return output.clone()
 
     def record(self, x, at, cache):
-        """→ the result, and for the next time the graph, the places from which it reads x and `at`, and its output."""
+        """→ a graph, the places from which it reads x and `at`, and its output."""
         Recorded.recording = True
         try:
-            result = self.plain(x, at, cache)  # compiles what is to be compiled
+            self.plain(x, at, cache)  # compiles what is to be compiled
             places = [value if value is None else value.clone() for value in (x, *at)]
             graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph):
                 output = self.plain(places[0], Positions(*places[1:]), cache)
         finally:
             Recorded.recording = False
-        return result, (graph, places, output)
+        return graph, places, output
 
 
 def record_step(model):
-    """On a GPU, have what one token of each text runs through recorded when it is written: from then on the model stays
-    where it is and as it is cut."""
+    """On a GPU, have what one token of each text runs through recorded: the model stays where and as it is."""
     if model.device.type == "cuda":
         for name in ("encode", "propose", "refine", "decode"):
             setattr(model, name, Recorded(getattr(model, name)))

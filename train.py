@@ -23,9 +23,8 @@ from functools import lru_cache, partial
 from pathlib import Path
 
 if "OMP_WAIT_POLICY" not in os.environ:
-    # Threads that wait for others spin: torch's by default so long that, beside another busy process, a small model
-    # trains at a third of its speed. With this many turns it keeps half of it or more, and nine tenths where it is
-    # alone. It must be set before torch starts them. (Compiled writing would lose an eighth: other programs leave it.)
+    # Threads that wait spin so long that, beside another busy process, a small model trains at a third of its speed.
+    # With this many turns it keeps half of it, and nine tenths where it is alone. torch must not have started them yet.
     os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
 import numpy as np
@@ -50,9 +49,7 @@ CONFIDENCE_LOSSES = {"token": token_confidence_loss, "sequence": sequence_confid
 class Settings:
     """Train a looped model, or with --objective=lm the unlooped one. Defaults are the paper's constants (App. A)."""
 
-    recipe: str = flag(
-        "", "paper: as below; short: what a laptop does in minutes; empty: short on a CPU", None, RECIPES
-    )
+    recipe: str = flag("", "paper: as below; short: minutes on a laptop; empty: short on a CPU", None, RECIPES)
     init: str = flag("", "model to start from: hub name or directory; empty: the whole story from nothing, see above")
     data: str = flag("python", "text, .jsonl, .bin, … , a directory, a glob; python: its standard library's source")
     val: str = flag("", "held-out text; empty: every 20th file of --data or, of fewer, the last 20th of the text")
@@ -205,8 +202,6 @@ def first_process_first():
 # ---- A run: setting it up, saving it, going on with it
 @dataclass
 class Run:
-    """What a run works with, and where it stands."""
-
     model: LoopUS  # float32 weights
     fast: LoopUS  # what computes: the model itself, or its copy in bf16
     optimizer: torch.optim.AdamW
@@ -220,22 +215,12 @@ class Run:
     signals: int = 0  # that wait
 
 
-def check(s):
-    """Raises InputError where settings contradict each other, or what is in s.out."""
-    refuse(s.supervised > s.max_loops, f"--supervised={s.supervised} of --max_loops={s.max_loops}: expected K, 1 to B")
-    refuse(s.accumulate % world_size(), f"--accumulate={s.accumulate} cannot be shared by {world_size()} processes")
-    refuse(Path(s.out, "config.json").exists(), f"--out={s.out} holds a model: name a directory for the run")
-    for directory in checkpoints(s.out)[-1:]:
-        refuse(not s.resume, f"{s.out} holds a run, at {directory.name}: --resume it, or name another --out")
-
-
 def checkpoints(out):
     """The directories of a run's checkpoints, the newest last."""
     return sorted(Path(out).glob(convert.STEP))
 
 
 def setup(s):
-    """→ the Run, new or resumed."""
     device, dtype = convert.pick_device(s.device, s.dtype)
     torch.manual_seed(s.seed)
     sharded = s.shard and world_size() > 1
@@ -248,9 +233,7 @@ def setup(s):
     if sharded:
         shard(model, device, dtype)
     optimizer = make_optimizer(model, s)
-    fast = model
-    if dtype != torch.float32 and not sharded:
-        fast = computing_copy(model, dtype)
+    fast = model if sharded or dtype == torch.float32 else computing_copy(model, dtype)
     for block in fast.layers():
         if s.compile:
             block.forward = torch.compile(block.forward)
@@ -404,8 +387,13 @@ def conclude(run, s, held_out):
 
 # ---- The loop
 def train(s):
-    """One run of `s` from s.init to a checkpoint in s.out/step-…; → the directory of that checkpoint."""
-    check(s)
+    """One run of `s` from s.init to a checkpoint in s.out/step-…; → the directory of that checkpoint. Raises InputError
+    where settings contradict each other, or what is in s.out."""
+    refuse(s.supervised > s.max_loops, f"--supervised={s.supervised} of --max_loops={s.max_loops}: expected K, 1 to B")
+    refuse(s.accumulate % world_size(), f"--accumulate={s.accumulate} cannot be shared by {world_size()} processes")
+    refuse(Path(s.out, "config.json").exists(), f"--out={s.out} holds a model: name a directory for the run")
+    for directory in checkpoints(s.out)[-1:]:
+        refuse(not s.resume, f"{s.out} holds a run, at {directory.name}: --resume it, or name another --out")
     Path(s.out).mkdir(parents=True, exist_ok=True)
     run = setup(s)
     with first_process_first():
@@ -416,8 +404,9 @@ def train(s):
     layers = f"{c.encoder_layers} + {c.reasoning_layers} + {c.decoder_layers} layers, {len(tokens):,} tokens"
     print(f"{s.objective}: {layers}, {world_size()} × {run.device}, {run.dtype}, to {s.out}", flush=True)
     take_all_steps(run, s, tokens, held_out)
-    print(f"written to {last_checkpoint(s)}", flush=True)
-    return last_checkpoint(s)
+    directory = checkpoints(s.out)[-1]
+    print(f"written to {directory}", flush=True)
+    return directory
 
 
 def take_all_steps(run, s, tokens, held_out):
@@ -442,14 +431,9 @@ def take_all_steps(run, s, tokens, held_out):
             run.step += 1
             if run.step % s.log_every == 0 or run.step in (1, s.steps) or not math.isfinite(norm):
                 seconds = time.time() - begun + 1e-9  # some clocks stand still for so long
-                write_log(
-                    run,
-                    s,
-                    **dict(zip(("lm", "mono", "q"), map(rounded, terms))),
-                    grad_norm=rounded(norm),
-                    tokens_per_second=round(s.accumulate * s.batch * s.context / seconds),
-                    seconds_left=round(seconds * (s.steps - run.step)),
-                )
+                terms = dict(zip(("lm", "mono", "q"), map(rounded, terms)), grad_norm=rounded(norm))
+                speed = round(s.accumulate * s.batch * s.context / seconds)
+                write_log(run, s, **terms, tokens_per_second=speed, seconds_left=round(seconds * (s.steps - run.step)))
             if run.step % s.eval_every == 0 or run.step == s.steps:
                 save_checkpoint(run, s)
             run.busy = False
@@ -512,12 +496,9 @@ def write_untrained(directory, seed):
     """Write a model of GPT-2's shape, small, with random weights scaled by the width of what they read."""
     torch.manual_seed(seed)
     tokenizer = list_tokenizer()
-    _, values, _ = convert.read_family(
-        dict(
-            model_type="gpt2", vocab_size=tokenizer.n_vocab, n_positions=CONTEXT, layer_norm_epsilon=1e-5,
-            n_layer=4, n_embd=64, n_head=2, n_inner=128,
-        )
-    )  # fmt: skip
+    shape = dict(n_layer=4, n_embd=64, n_head=2, n_inner=128, layer_norm_epsilon=1e-5)
+    shape |= dict(model_type="gpt2", vocab_size=tokenizer.n_vocab, n_positions=CONTEXT)
+    _, values = convert.read_family(shape)
     model = LoopUS(Config(**values))
     for name, p in model.named_parameters():
         std = p.size(-1) ** -0.5
@@ -533,9 +514,8 @@ def write_untrained(directory, seed):
 
 
 def list_trainings(out, given):
-    """Write the documents and the untrained model to `out`, unless they are there. → the Settings of three trainings,
-    with the flags that were `given`: the base on short chains; the unlooped control, made of it, on long ones; and the
-    loop on the same ones, for as many steps."""
+    """Write the documents and the untrained model to `out`, unless they are there. → the Settings of three trainings
+    with the flags `given`: the base, on short chains; from it, on long ones, the unlooped control and the loop."""
     defaults = dict(
         data=f"{out}/long.jsonl", val=f"{out}/held_out.jsonl", batch=64, accumulate=1, context=CONTEXT, steps=600,
         lr=2e-3, new_lr_factor=1.0, warmup=50, max_loops=8, supervised=1, span=8, trains="all", encoder_layers=1,
@@ -549,14 +529,9 @@ def list_trainings(out, given):
             write_lists(unfinished / "held_out.jsonl", 300, [8], 3)
             write_untrained(unfinished / "untrained", s.seed)
     base = replace(s, init=f"{out}/untrained", out=f"{out}/base", data=f"{out}/short.jsonl", objective="lm")
-    loop = replace(s, init=str(last_checkpoint(base)), out=f"{out}/loop")
+    loop = replace(s, init=base.out, out=f"{out}/loop")
     control = replace(loop, out=f"{out}/control", objective="lm")
     return base, control, loop
-
-
-def last_checkpoint(s):
-    """Where a run of `s` ends."""
-    return Path(s.out, f"step-{s.steps:07d}")
 
 
 def story(given):
@@ -568,11 +543,11 @@ def story(given):
     stage("1/3 pretrain a small model on chains of 1 and 2 links", base)
     stage("2/3 train it unlooped on chains of 3, 4 and 8 links: the control", control)
     stage("3/3 recast it and train the loop on the same chains, for as many steps", loop)
-    model, tokenizer = convert.load(last_checkpoint(loop))
+    model, tokenizer = convert.load(loop.out)
     documents = read_answers(Path(loop.val), tokenizer, CONTEXT)
     table = accuracy_by_kind(model, documents, DEPTHS, Halt(threshold=model.config.q_threshold))
     for s in (control, base):
-        unlooped, _ = convert.load(last_checkpoint(s))
+        unlooped, _ = convert.load(s.out)
         for kind, columns in accuracy_by_kind(unlooped, documents, [0]).items():
             table[kind] = {Path(s.out).name: columns[0]} | table[kind]
     print_accuracy(table)
@@ -589,14 +564,13 @@ def stage(title, s):
         before = convert.read_json(directory / "settings.json")
         changed = before != before | asdict(s) | {"resume": before.get("resume")}
         refuse(changed, f"{directory} was trained with other settings: name another --out")
-    if not last_checkpoint(s).exists():
+    if not Path(s.out, f"step-{s.steps:07d}").exists():
         train(replace(s, resume=bool(begun)))
 
 
 # ---- The command line
 def resumed(given):
-    """The flags of a run that goes on: those it was started with, then the given ones. Raises InputError if a given one
-    cannot change in the middle of a run."""
+    """The flags of a run that goes on: what it was started with, then what is given. InputError: one cannot change."""
     out = given.get("out", Settings.out)
     refuse(not checkpoints(out), f"--resume: {out} holds no checkpoint; start without --resume, or name another --out")
     path = checkpoints(out)[-1] / "settings.json"
@@ -611,15 +585,6 @@ def resumed(given):
     return saved | given | {"out": out}
 
 
-def join_processes():
-    """Join the processes that torchrun has started. Only the first one prints."""
-    if torch.cuda.is_available():
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    dist.init_process_group(timeout=timedelta(hours=1))  # in which the first one downloads and tokenises
-    if rank() > 0:
-        sys.stdout = open(os.devnull, "w")
-
-
 def main():
     given = convert.parse(Settings)
     if "out" in given:
@@ -631,7 +596,11 @@ def main():
         refuse(launched, "without --init train.py runs in one process: leave torchrun out")
         return story(given)
     if launched:
-        join_processes()
+        if torch.cuda.is_available():
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        dist.init_process_group(timeout=timedelta(hours=1))  # in which the first one downloads and tokenises
+        if rank() > 0:
+            sys.stdout = open(os.devnull, "w")
     device, _ = convert.pick_device(given.get("device"), "fp32")
     if device.type == "cpu" and "recipe" not in given:
         given["recipe"] = "short"

@@ -38,7 +38,7 @@ import torch
 import convert
 from loopus import Config, LoopUS
 shape = dict(model_type="qwen3", max_position_embeddings=40960, num_attention_heads=16, num_key_value_heads=8) | $shape
-_, values, _ = convert.read_family(shape | dict(head_dim=128, rms_norm_eps=1e-6, rope_theta=1e6))
+_, values = convert.read_family(shape | dict(head_dim=128, rms_norm_eps=1e-6, rope_theta=1e6))
 torch.set_default_dtype(torch.bfloat16)
 model = LoopUS(Config(**values))
 for p in model.parameters():

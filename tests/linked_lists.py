@@ -83,7 +83,7 @@ def print_choices(runs, documents):
     rows = defaultdict(list)
     for run in runs:
         for name, s in run.items():
-            model, _ = convert.load(train.last_checkpoint(s))
+            model, _ = convert.load(s.out)
             columns = ([0],) if s.objective == "lm" else (DEPTHS, SHOWN)
             rows[name].append(share_right(model, documents, *columns))
     print_table("chains of 8 (a guess: 0.33); 0 passes: unlooped; exit at 0.95", [0, *DEPTHS, "exit", "passes"], rows)
@@ -116,7 +116,7 @@ def main():
         run = choices(given.out / f"seed-{seed}", int(seed))
         for name, s in run.items():
             train.stage(f"seed {seed}, {name}", s)
-        model, tokenizer = convert.load(train.last_checkpoint(run["span 8: all passes"]))
+        model, tokenizer = convert.load(run["span 8: all passes"].out)
         models.append(model)
         runs.append(run)
     documents = documents_of(given.out, 8, tokenizer)

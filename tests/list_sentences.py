@@ -98,7 +98,7 @@ def trainings(e, seed, rates):
     base = train.Settings(init=e.init, data=write(out / "short.jsonl", 12_000, [1, 2], 3), objective="lm", lr=3e-4,
                           steps=e.base_steps, out=str(out / f"base-{seed}"), **common, **first)  # fmt: skip
     long = write(out / "long.jsonl", 60_000, [2, 4, 8], 1)
-    control = replace(base, init=str(train.last_checkpoint(base)), data=long, steps=e.steps)
+    control = replace(base, init=base.out, data=long, steps=e.steps)
     model, _ = convert.load(e.init, encoder_layers=12, decoder_layers=11)
     runs = {"base": base}
     for name in ["control", *e.loops.split(",")]:
@@ -114,7 +114,7 @@ def trainings(e, seed, rates):
 
 def measure(s, path):
     """→ {kind: {column: number}} of a finished training, on the documents of a file."""
-    model, tokenizer = convert.load(train.last_checkpoint(s), *convert.pick_device("", s.dtype))
+    model, tokenizer = convert.load(s.out, *convert.pick_device("", s.dtype))
     documents = read_answers(Path(path), tokenizer, 1000)
     depths, halt = ([0], None) if s.objective == "lm" else (DEPTHS, Halt(threshold=model.config.q_threshold))
     by_kind = accuracy_by_kind(model, documents, depths, halt, s.max_loops, 16)

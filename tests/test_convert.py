@@ -281,7 +281,7 @@ def test_without_a_writable_cache_a_local_model_loads_and_a_download_says_what_t
     Path("file").touch()
     monkeypatch.setenv("LOOPUS_CACHE", "file/cache")
     assert_golden(convert.load(GOLDEN / "llama")[0])
-    refused(lambda: convert.load("owner/name"), "no cache", "LOOPUS_CACHE: file/cache")
+    refused(lambda: convert.load("owner/name"), "no cache, LOOPUS_CACHE", "file/cache")
 
 
 # ---- Names of models
@@ -462,14 +462,15 @@ def test_the_longest_run_of_layers_that_change_little_is_looped():
         assert convert.choose_cuts(torch.tensor(distances)) == cuts
 
 
-def test_models_of_the_papers_sizes_are_cut_as_in_the_paper_and_others_by_their_profile():
-    for size, cuts in (((28, 2048), (2, 1)), ((36, 4096), (6, 1)), ((40, 5120), (6, 1)), ((22, 2048), (1, 1))):
-        model = SimpleNamespace(config=SimpleNamespace(n_layer=size[0], n_embd=size[1]))
-        assert convert.default_cuts(model, None) == cuts
+def test_models_of_the_papers_sizes_are_cut_as_in_the_paper_and_others_by_their_profile(monkeypatch):
     model, _ = convert.load(GOLDEN / "llama")
     encoder, decoder = convert.choose_cuts(convert.layer_distances(model, convert.sample_text(model, None)))
     assert (len(model.encoder), len(model.decoder)) == (encoder, decoder)
     assert len(convert.load(GOLDEN / "llama", encoder_layers=0)[0].decoder) == decoder  # one of the two is given
+    assert [convert.PAPER_CUTS[size] for size in ((28, 2048), (36, 4096))] == [(2, 1), (6, 1)]
+    monkeypatch.setitem(convert.PAPER_CUTS, (model.config.n_layer, model.config.n_embd), (0, 2))
+    model, _ = convert.load(GOLDEN / "llama")
+    assert (len(model.encoder), len(model.decoder)) == (0, 2) != (encoder, decoder)
 
 
 # ---- The command line

@@ -314,10 +314,6 @@ def test_tokens_are_drawn_with_the_right_probabilities(settings, expected):
         ("65 tokens do not fit the model's context of 64", lambda model: model.generate([[0] * 65], 1)),
         ("a prompt is empty", lambda model: model.generate([[1], []], 1)),
         ("a prompt is empty", lambda model: model.generate([], 1)),
-        ("max_loops=-1", lambda model: model.generate([[1]], 1, max_loops=-1)),
-        ("max_new_tokens=-2", lambda model: model.generate([[1]], -2)),
-        ("temperature=-0.5", lambda model: model.generate([[1]], 1, temperature=-0.5)),
-        ("top_k=0", lambda model: model.generate([[1]], 1, top_k=0)),
         ("'never'", lambda model: model.generate([[1]], 1, halt=Halt("never"))),
         ("not finite", lambda model: loopus.sample(torch.tensor([[0.0, torch.nan]]))),
         ("encoder_layers=3 and decoder_layers=2", lambda model: random_model(encoder_layers=3, decoder_layers=2)),
@@ -365,7 +361,7 @@ def run_again(part, x, at, cache):
 
     output = run()
     graph = SimpleNamespace(replay=lambda: output.copy_(run()))
-    return output.clone(), (graph, places, output)
+    return graph, places, output
 
 
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
