@@ -58,13 +58,11 @@ def refuse(condition, message):
 
 
 def read_json(path):
-    """The object in a JSON file; {} where there is no such file."""
     with reading(path):
         return dict(json.loads(path.read_bytes())) if path.exists() else {}
 
 
 def listed(x):
-    """x where it is a list, else a list of x alone."""
     return x if isinstance(x, list) else [x]
 
 
@@ -688,8 +686,8 @@ def load_tokenizer(src, vocab_size=math.inf):
             print(f"{directory}: the model lacks {len(tokens) - len(known)} of the added tokens", file=sys.stderr)
         files = {path.name: path.read_bytes() for path in directory.iterdir() if path.name in TOKENIZER_FILES}
         tokenizer = Tokenizer(spec | {"added_tokens": known}, configs, files)
-        too_many = tokenizer.n_vocab > vocab_size
-        refuse(too_many, f"it has {tokenizer.n_vocab} tokens, and the model {vocab_size}: is it another model's?")
+        found = f"it has {tokenizer.n_vocab} tokens, and the model {vocab_size}"
+        refuse(tokenizer.n_vocab > vocab_size, f"{found}: is it another model's?")
         return tokenizer
 
 
@@ -962,9 +960,7 @@ def cut(model, encoder, decoder):
     model.config = replace(model.config, encoder_layers=encoder, decoder_layers=decoder)
     layers = model.layers()
     end = len(layers) - decoder
-    model.encoder = layers[:encoder]
-    model.reasoning = layers[encoder:end]
-    model.decoder = layers[end:]
+    model.encoder, model.reasoning, model.decoder = layers[:encoder], layers[encoder:end], layers[end:]
 
 
 # ---- The command line, the same for all programs
@@ -1030,15 +1026,13 @@ def pick_device(name, dtype):
     if device.type == "cuda":
         torch.cuda.set_device(device)  # graphs, memory and waiting are those of the current one
         native_bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
-    native = "bf16" if native_bf16 else "fp32"
-    return device, DTYPES[dtype or native]
+    return device, DTYPES[dtype or ("bf16" if native_bf16 else "fp32")]
 
 
 def progress(items, what, total, size=lambda item: 1):
     """The items, while a line on a terminal says how much of `total` is done and how long the rest will take."""
     if not sys.stderr.isatty():
-        yield from items
-        return
+        return (yield from items)
     begun = time.time()
     done = 0
     for item in items:

@@ -174,10 +174,8 @@ def held_out(directory, tokenizer, block_size, val=""):
     else:
         _, tokens = convert.load_data(files, val, tokenizer)
     path = convert.expand(val)
-    documents = []
-    if path.suffix.lower() in (".json", ".jsonl") and path.is_file():
-        documents = read_answers(path, tokenizer, block_size)
-    return tokens, documents
+    has_records = path.suffix.lower() in (".json", ".jsonl") and path.is_file()
+    return tokens, read_answers(path, tokenizer, block_size) if has_records else []
 
 
 def bits_per_nat(sequences, tokenizer):
@@ -312,9 +310,8 @@ def measure_tables(s):
 
 def main():
     s = Settings(**convert.parse(Settings))
-    if s.tasks:
-        return measure_tables(s)
-    measure_losses(s)
+    measure = measure_tables if s.tasks else measure_losses
+    measure(s)
 
 
 if __name__ == "__main__":

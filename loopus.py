@@ -378,22 +378,20 @@ class LoopUS(nn.Module):
                 unread = [texts[i][cached[i] :] for i in rows]
                 idx = torch.tensor(unread, device=self.device)
                 logits, depth = self.advance(idx, starts, cache, max_loops, halt, rows)
-                for i, token, passes in zip(rows, draw(logits).tolist(), depth[:, -1].tolist()):
+                drawn = draw(logits).tolist()
+                for i, token, passes in zip(rows, drawn, depth[:, -1].tolist()):
                     cached[i] = len(texts[i])
                     texts[i].append(token)
                     written[i] = (token, passes)
             yield written
             writing = [i for i in writing if written[i][0] not in ends]
 
-    def generate(
-        self, idx, max_new_tokens, max_loops=8, threshold=0.6, temperature=1.0, top_k=None, top_p=None,
-        generator=None, halt=None, ends=(),
-    ):  # fmt: skip
-        """Continue idx, (B, T) or B lists of tokens, as `stream` and `sample` say; max_loops=0: the pretrained model.
-        threshold above 1: no exit. → tokens (B, T + max_new_tokens) or B lists, passes taken (B, max_new_tokens)."""
+    def generate(self, idx, max_new_tokens, max_loops=8, threshold=0.6, halt=None, ends=(), **drawing):
+        """`stream` with `sample`, whose arguments are `drawing`: continue idx, (B, T) or B lists of tokens. A threshold
+        above 1: no exit. → tokens (B, T + max_new_tokens) or B lists, passes taken (B, max_new_tokens)."""
         prompts = idx.tolist() if torch.is_tensor(idx) else idx
         halt = halt or Halt(threshold=threshold)
-        draw = partial(sample, temperature=temperature, top_k=top_k, top_p=top_p, generator=generator)
+        draw = partial(sample, **drawing)
         steps = list(self.stream(prompts, max_new_tokens, max_loops, halt, draw, ends))
         steps = torch.tensor(steps, dtype=torch.long, device=self.device)
         steps = steps.view(-1, len(prompts), 2)

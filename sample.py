@@ -102,9 +102,8 @@ def converse(model, tokenizer, questions, s):
         ids += message(tokenizer, "system", s.system)
     for question in questions:
         ids += message(tokenizer, "user", question.strip()) + opening
-        context = model.config.block_size
-        room = context - len(ids)
-        refuse(room < 1, f"the conversation has filled the context of {context} tokens: begin another")
+        room = model.config.block_size - len(ids)
+        refuse(room < 1, f"the conversation has filled the context of {model.config.block_size} tokens: begin another")
         ids += show(model, tokenizer, ids, min(room, s.max_new_tokens), draw, s) + ending
     return ids
 

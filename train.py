@@ -321,9 +321,7 @@ def optimizer_step(run, s):
             if p.grad is not None:
                 summed(p.grad)
     norm = torch.nn.utils.clip_grad_norm_(run.model.parameters(), 1.0)
-    if run.sharded:
-        norm = norm.full_tensor()
-    norm = norm.item()
+    norm = (norm.full_tensor() if run.sharded else norm).item()
     if math.isfinite(norm):
         rate = learning_rate(s, run.step)
         for group in run.optimizer.param_groups:
