@@ -1,5 +1,5 @@
 """
-What is read from and written to disk and, at its end, the command line that all programs share.
+All that is read from disk or written there and, at the end of the file, the command line that the programs share.
 
     python convert.py SRC OUT          write SRC as a LoopUS checkpoint, or with --format=hf as an unlooped model
     python convert.py SRC --profile    show how much each layer changes the state, and where that cuts the model
@@ -164,14 +164,15 @@ def read_family(base):
     refuse(not family, f"model_type {base.get('model_type')!r} is not supported: expected {', '.join(FAMILIES)}")
     rope = base.get("rope_scaling") or base.get("rope_parameters") or {}  # the older spelling, the newer one
     refuse("full_attention" in rope, "rotary positions that differ between layers are not supported")
-    raw = base | {"rope_type": rope.get("type")} | rope
-    raw = {key: value for key, value in raw.items() if value is not None}
+    raw = [*base.items(), ("rope_type", rope.get("type")), *rope.items()]
+    raw = {key: value for key, value in raw if value is not None}
     for key, choices in family.supported.items():
         raw.setdefault(key, choices[0])
         refuse(raw[key] not in choices, f"{key} {raw[key]!r} is not supported: expected one of {choices}")
     values = {name: Config.__annotations__[name](raw[key]) for name, key in family.keys.items() if key in raw}
     width, heads = values["n_embd"], values["n_head"]
     defaults = dict(n_kv_head=heads, head_dim=width // heads, n_inner=4 * width)
+    base = base | {"tie_word_embeddings": raw["tie_word_embeddings"]}
     values = defaults | values | family.constants | {"base": base}
     windowed = raw.get("use_sliding_window") and raw.get("sliding_window", math.inf) < values["block_size"]
     refuse(windowed, "a sliding window is not supported: expected attention to all earlier tokens")
@@ -217,7 +218,7 @@ def config_to_write(config, format, dtype):
 # ---- Checkpoints
 def load(src, device="cpu", dtype=torch.float32, encoder_layers=-1, decoder_layers=-1):
     """→ (model in eval mode, tokenizer or None) from `src`, a hub name or a directory. dtype None: each tensor as it is
-    stored. Layers of −1: as the checkpoint is cut or, if it was never looped, as the paper has cut a model of its size,
+    stored. Layers of −1: as the checkpoint is cut or, if it was never looped, as the paper cut a model of its size,
     else by `choose_cuts`. Raises InputError for what is missing, misshapen or unsupported."""
     directory = resolve(src)
     family, config = read_config(directory / "config.json")
@@ -262,8 +263,7 @@ def read_model(directory, family, config, device, dtype):
         with torch.device("meta"):
             model = LoopUS(config)
         stored = stored_names(model, family)
-        tied = config.base.get("tie_word_embeddings", family.supported["tie_word_embeddings"][0])
-        if tied and not family.looped and "lm_head.weight" not in tensors:
+        if not family.looped and config.base["tie_word_embeddings"] and "lm_head.weight" not in tensors:
             stored["lm_head.weight"] = stored["wte.weight"]
         wanted = {bare(tensor_name) for names in stored.values() for tensor_name in names}
         odd = sorted(wanted ^ tensors.keys())
@@ -335,7 +335,7 @@ def save(model, tokenizer, out_dir, format="authors"):
 @contextmanager
 def all_or_nothing(out_dir):
     """A new directory to write into. At the end of the `with` block its files take their place in out_dir, beside those
-    of other names; after an exception nothing there has changed. Raises InputError where writing fails."""
+    of other names; after an exception in it nothing there has changed. Raises InputError where writing fails."""
     target = expand(out_dir).resolve()
     name = f"{target.name}.new-{os.urandom(4).hex()}"
     unfinished = target / name if target.exists() else target.parent / name  # beside it may lie another disk
@@ -348,7 +348,7 @@ def all_or_nothing(out_dir):
         else:
             unfinished.rename(target)
     except (OSError, SafetensorError, RuntimeError) as e:
-        raise InputError(f"cannot write {out_dir}: {e}") from None
+        raise InputError(f"cannot write {out_dir}: {e}; name another --out or LOOPUS_CACHE") from None
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
 
@@ -375,10 +375,7 @@ def write_checkpoint(model, tokenizer, directory, format="authors", weights=None
 # ---- The hub
 def cache_dir():
     """Where downloads and tokenised texts are kept."""
-    path = expand(os.environ.get("LOOPUS_CACHE") or "~/.cache/loopus")
-    with reading(f"no cache, LOOPUS_CACHE can name another directory: {path}"):
-        path.mkdir(parents=True, exist_ok=True)
-    return path
+    return expand(os.environ.get("LOOPUS_CACHE") or "~/.cache/loopus")
 
 
 def resolve(src):
@@ -423,7 +420,7 @@ def download(name, revision):
 
 
 class SameHost(HTTPRedirectHandler):
-    """Follows redirects, and sends the token along to the hub alone."""
+    """Follows redirects, and sends the token to the hub only."""
 
     def redirect_request(self, request, *answer):
         followed = super().redirect_request(request, *answer)
@@ -433,7 +430,7 @@ class SameHost(HTTPRedirectHandler):
 
 
 def fetch(url, target, token):
-    """Download the file of target's name from below url. InputError, unless it may be absent: no config, no weights."""
+    """Download the file of target's name from below url. Raises InputError. Only config and weights must exist."""
     request = Request(url + target.name)
     if token:
         request.add_header("Authorization", f"Bearer {token}")
@@ -565,7 +562,7 @@ class Package:
         special = [token | {"special": True} for token in spec["added_tokens"]]
         spec = json.dumps(spec | {"added_tokens": special, "truncation": None, "padding": None})
         self.readers = [Reader.from_str(spec), Reader.from_str(spec)]
-        self.readers[True].encode_special_tokens = True  # of what is typed: as plain text, that is
+        self.readers[True].encode_special_tokens = True  # of typed text: as plain text, that is
         self.vocab = self.readers[0].get_vocab()
 
     def encode(self, text, typed, first):
@@ -684,7 +681,7 @@ def load_tokenizer(src, vocab_size=math.inf):
         known = [token for token in tokens.values() if token["id"] < vocab_size]
         if len(known) < len(tokens):
             print(f"{directory}: the model lacks {len(tokens) - len(known)} of the added tokens", file=sys.stderr)
-        files = {path.name: path.read_bytes() for path in directory.iterdir() if path.name in TOKENIZER_FILES}
+        files = {name: (directory / name).read_bytes() for name in TOKENIZER_FILES if (directory / name).exists()}
         tokenizer = Tokenizer(spec | {"added_tokens": known}, configs, files)
         found = f"it has {tokenizer.n_vocab} tokens, and the model {vocab_size}"
         refuse(tokenizer.n_vocab > vocab_size, f"{found}: is it another model's?")
@@ -815,9 +812,7 @@ def tokenise(files, tokenizer, path):
     pool = ThreadPoolExecutor()
     size = sum(file.stat().st_size for file in files)
     with all_or_nothing(path.parent) as unfinished, open(unfinished / path.name, "wb") as out:
-        for batch in progress(
-            batches, "tokenising", size, lambda batch: len("".join(s.text for d in batch for s in d))
-        ):
+        for batch in progress(batches, "tokenising", size, lambda batch: sum(len(s.text) for d in batch for s in d)):
             for ids in pool.map(encode, batch):
                 np.array(ids, np.int32).tofile(out)
 
@@ -863,7 +858,7 @@ def find_files(data):
     """A file, a directory (all its files), a glob, or else "python": the source of its standard library → sorted paths.
     Hidden files and files of zero bytes are left out. Raises InputError where nothing remains."""
     path = expand(data)
-    if path.is_dir():
+    if data and path.is_dir():
         paths = [p for p in path.rglob("*") if "/." not in f"/{p.relative_to(path).as_posix()}"]
     elif path.exists():
         paths = [path]
@@ -903,7 +898,7 @@ def rows(tokens, starts, context):
 
 
 def windows(tokens, context, limit):
-    """At most `limit` held-out tokens as evenly spread `rows`. InputError: too few, or none that is learned."""
+    """At most `limit` held-out tokens as evenly spread `rows`. Raises InputError for too few, or none learned."""
     count = (len(tokens) - 1) // context
     refuse(count < 1, f"{len(tokens)} tokens of held-out text do not fill one context of {context}: give more text")
     wanted = max(1, min(count, limit // context))

@@ -59,8 +59,8 @@ def states(model, x, depths, halt, max_loops):
 
 @torch.no_grad()
 def held_out_losses(model, sequences, batch, depths, halt=None, max_loops=8):
-    """→ {column of `states`: mean loss in nats} over sequences of `windows`; and how many tokens took 0 … max_loops
-    passes with exit, all of those that are learned."""
+    """→ {column of `states`: mean loss in nats} over sequences of `windows`; and with exit, of the learned tokens, how
+    many took 0 … max_loops passes."""
     sums = defaultdict(float)
     histogram = torch.zeros(max_loops + 1, dtype=torch.long)
     parts = list(zip(*(part.to(model.device).split(batch) for part in sequences)))
@@ -102,7 +102,7 @@ def read_answers(path, tokenizer, block_size):
     documents = []
     for number, record in enumerate(convert.read_records(path), start=1):
         kinds = record.get("kind")
-        if not isinstance(kinds, list):
+        if not kinds or not isinstance(kinds, list):
             continue
         with convert.reading(f"record {number} of {path}"):
             segments = convert.segments_of(record, tokenizer)
@@ -162,7 +162,7 @@ def print_accuracy(rows):
 
 
 def held_out(directory, tokenizer, block_size, val=""):
-    """→ the ids of `val` or, without it, of what a checkpoint's training held out; and their `read_answers`, if any."""
+    """→ the ids of `val` or, without it, of what a checkpoint's training held out; and the `read_answers` of `val`."""
     if not val:
         path = directory / "settings.json"
         trained = convert.read_json(path)

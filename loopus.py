@@ -386,8 +386,8 @@ class LoopUS(nn.Module):
             yield written
             writing = [i for i in writing if written[i][0] not in ends]
 
-    def generate(self, idx, max_new_tokens, max_loops=8, threshold=0.6, halt=None, ends=(), **drawing):
-        """`stream` with `sample`, whose arguments are `drawing`: continue idx, (B, T) or B lists of tokens. A threshold
+    def generate(self, idx, max_new_tokens, max_loops=8, threshold=0.6, *, halt=None, ends=(), **drawing):
+        """Continue idx, (B, T) or B lists of tokens, by `stream` and `sample`, whose arguments are `drawing`. threshold
         above 1: no exit. → tokens (B, T + max_new_tokens) or B lists, passes taken (B, max_new_tokens)."""
         prompts = idx.tolist() if torch.is_tensor(idx) else idx
         halt = halt or Halt(threshold=threshold)

@@ -14,6 +14,7 @@ import time
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
+from typing import NamedTuple
 
 import torch
 
@@ -36,7 +37,7 @@ class Settings(convert.Inference):
     top_k: int = flag(50, "draw among this many likeliest tokens", 1)
     top_p: float = flag(1.0, "of these, among the fewest likeliest that reach this probability", 0)
     seed: int = flag(2026, "of the random draws", 0)
-    compile: bool = flag(None, "compile the step of a token; if not said: where it pays on a CPU; GPUs record it")
+    compile: bool = flag(None, "compile the step of a token; if not said: where it pays on a CPU. GPUs record it")
     trace: bool = flag(False, "show the next token's candidates after each pass instead of writing")
     chat: bool = flag(False, "a conversation in the model's chat template; each line that is typed or piped is a turn")
     system: str = flag("", "with --chat: the system message; empty: none, also where transformers has one by default")
@@ -82,30 +83,35 @@ def write(model, tokenizer, prompt, s):
     show(model, tokenizer, tokenizer.start(prompt), s.max_new_tokens, drawing(model, s), s)
 
 
-# ---- A conversation
-def message(tokenizer, role, content):
-    """The tokens of a message, as training reads them: in its content, special tokens are plain text."""
-    ids = convert.encode_document(tokenizer.template.segments(role, content, False), tokenizer)
-    return [~i for i in ids]
+# ---- A conversation, in the model's chat template
+class Conversation(NamedTuple):
+    model: loopus.LoopUS
+    tokenizer: convert.Tokenizer
+    s: Settings
 
+    def message(self, role, content):
+        """The tokens of a message, as training reads them: in its content, special tokens are plain text."""
+        segments = self.tokenizer.template.segments(role, content, False)
+        return [~i for i in convert.encode_document(segments, self.tokenizer)]
 
-def converse(model, tokenizer, questions, s):
-    """Show a reply to each question, which reads all that was said before. → the tokens of the whole conversation.
-    Raises InputError where the context has no room for another reply."""
-    template = tokenizer.template
-    opening = tokenizer.encode(template.opening.format(role="assistant"))
-    ending = tokenizer.encode(template.end + template.after)
-    tokenizer.ends.add(ending[0])
-    draw = drawing(model, s)
-    ids = [*tokenizer.begin]
-    if s.system:
-        ids += message(tokenizer, "system", s.system)
-    for question in questions:
-        ids += message(tokenizer, "user", question.strip()) + opening
-        room = model.config.block_size - len(ids)
-        refuse(room < 1, f"the conversation has filled the context of {model.config.block_size} tokens: begin another")
-        ids += show(model, tokenizer, ids, min(room, s.max_new_tokens), draw, s) + ending
-    return ids
+    def converse(self, questions):
+        """Show a reply to each question, which reads all that was said before. → the tokens of the whole conversation.
+        Raises InputError where the context has no room for another reply."""
+        model, tokenizer, s = self
+        template = tokenizer.template
+        parts = (template.opening.format(role="assistant"), template.end, template.after)
+        opening, end, after = (tokenizer.encode(part, first=False) for part in parts)
+        tokenizer.ends.add(end[0])
+        draw = drawing(model, s)
+        ids = [*tokenizer.begin]
+        if s.system:
+            ids += self.message("system", s.system)
+        for question in questions:
+            ids += self.message("user", question.strip()) + opening
+            size = model.config.block_size
+            refuse(len(ids) >= size, f"the conversation has filled the context of {size} tokens: begin another")
+            ids += show(model, tokenizer, ids, min(size - len(ids), s.max_new_tokens), draw, s) + end + after
+        return ids
 
 
 # ---- One token, pass by pass
@@ -304,7 +310,7 @@ def main():
         return
     model = made_fast(model, s)
     if s.chat:
-        converse(model, tokenizer, inputs(s), s)
+        Conversation(model, tokenizer, s).converse(inputs(s))
         return
     trained = (directory / "settings.json").exists() and s.max_loops > 0
     for prompt in inputs(s, trained):

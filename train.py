@@ -1,5 +1,5 @@
 """
-Make a looped model of a pretrained one by random deep supervision (paper §3.2), or train it unlooped, as the control.
+Turn a pretrained model into a looped one by random deep supervision (paper §3.2), or train it unlooped, as the control.
 
     python train.py                                   the whole story in minutes, on any machine, without network
     python train.py --init=gpt2 --data=book.txt       a real model on real text
@@ -23,8 +23,8 @@ from functools import lru_cache, partial
 from pathlib import Path
 
 if "OMP_WAIT_POLICY" not in os.environ:
-    # Threads that wait spin so long that, beside another busy process, a small model trains at a third of its speed.
-    # With this many turns it keeps half of it, and nine tenths where it is alone. torch must not have started them yet.
+    # Waiting threads spin: beside another busy process a small model trains at a third of its speed. With this many
+    # turns it keeps half of it, and nine tenths where it is alone. To be said before torch starts them.
     os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
 import numpy as np
@@ -75,7 +75,7 @@ class Settings:
     log_every: int = flag(10, "steps between log lines", 1)
     eval_every: int = flag(500, "steps between held-out losses and checkpoints", 1)
     eval_tokens: int = flag(16384, "held-out tokens per evaluation", 1)
-    keep: int = flag(2, "checkpoints kept; older ones are deleted with all that lies in them", 1)
+    keep: int = flag(2, "checkpoints kept; older ones are deleted, with whatever else they hold", 1)
     device: str = flag("", "cpu, cuda or mps; empty: the best there is")
     dtype: str = flag("", "to compute in; empty: bf16 where the device is good at it", None, convert.DTYPES)
     compile: bool = flag(False, "compile the layers with torch.compile")
@@ -83,7 +83,7 @@ class Settings:
     shard: bool = flag(False, "with torchrun: each process holds a share of weights, gradients and moments (FSDP)")
 
 
-FIXED = ("init", "data", "objective", "trains", "encoder_layers", "decoder_layers", "gate_start")  # in a resumed run
+FIXED = ("recipe", "init", "data", "objective", "trains", "encoder_layers", "decoder_layers", "gate_start")  # in a run
 THRESHOLDS = (0.5, 0.6, 0.8, 0.9, 0.95, 0.99, 2.0)  # of confidence, tried at the end of training
 
 
@@ -386,7 +386,7 @@ def conclude(run, s, held_out):
 # ---- The loop
 def train(s):
     """One run of `s` from s.init to a checkpoint in s.out/step-…; → the directory of that checkpoint. Raises InputError
-    where settings contradict each other, or what is in s.out."""
+    where settings contradict each other or what is already in s.out."""
     refuse(s.supervised > s.max_loops, f"--supervised={s.supervised} of --max_loops={s.max_loops}: expected K, 1 to B")
     refuse(s.accumulate % world_size(), f"--accumulate={s.accumulate} cannot be shared by {world_size()} processes")
     refuse(Path(s.out, "config.json").exists(), f"--out={s.out} holds a model: name a directory for the run")
@@ -534,7 +534,7 @@ def list_trainings(out, given):
 
 def story(given):
     """Pretrain a small model on short chains, train it unlooped on long ones, recast it and train the loop on the same,
-    and compare. `given` are the flags that were set. Raises InputError if they name another text."""
+    and compare. `given` are the flags that were set. Raises InputError for what the story sets itself."""
     for name in ("data", "val", "objective", "context", "recipe"):
         refuse(name in given, f"--{name} without --init: name the model that is to be trained, such as --init=gpt2")
     base, control, loop = list_trainings(Path(given.pop("out", "out/story")), given)
@@ -555,20 +555,19 @@ def story(given):
 
 
 def stage(title, s):
-    """Run `s`, or go on with it where it was broken off. Nothing is to be done where its last checkpoint is there."""
+    """Run `s`, or go on with it where it was broken off; of what is done, only the losses are measured again."""
     print(f"== {title}")
     begun = checkpoints(s.out)
     for directory in begun[-1:]:
         before = convert.read_json(directory / "settings.json")
         changed = before != before | asdict(s) | {"resume": before.get("resume")}
         refuse(changed, f"{directory} was trained with other settings: name another --out")
-    if not Path(s.out, f"step-{s.steps:07d}").exists():
-        train(replace(s, resume=bool(begun)))
+    train(replace(s, resume=bool(begun)))
 
 
 # ---- The command line
 def resumed(given):
-    """The flags of a run that goes on: what it was started with, then what is given. InputError: one cannot change."""
+    """The flags of a run that goes on: those it was started with, then the given ones, which must be free to change."""
     out = given.get("out", Settings.out)
     refuse(not checkpoints(out), f"--resume: {out} holds no checkpoint; start without --resume, or name another --out")
     path = checkpoints(out)[-1] / "settings.json"
@@ -599,7 +598,7 @@ def main():
         dist.init_process_group(timeout=timedelta(hours=1))  # in which the first one downloads and tokenises
         if rank() > 0:
             sys.stdout = open(os.devnull, "w")
-    device, _ = convert.pick_device(given.get("device"), "fp32")
+    device, _ = convert.pick_device(given.get("device", ""), "fp32")
     if device.type == "cpu" and "recipe" not in given:
         given["recipe"] = "short"
         print(f"--recipe=short on a CPU (--recipe=paper for the paper's constants): {RECIPES['short']}")

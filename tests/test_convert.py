@@ -268,12 +268,14 @@ def test_what_goes_wrong_at_the_hub_is_named_in_one_line_and_leaves_nothing(hub,
 
 def test_the_hubs_own_cache_is_used_where_it_holds_the_whole_model(monkeypatch):
     monkeypatch.setenv("HF_HOME", "home")
+    monkeypatch.setenv("LOOPUS_CACHE", "/proc/none")  # where nothing can be written
     model = Path("home/hub/models--owner--name")
     snapshot = shutil.copytree(GOLDEN / "qwen3", model / "snapshots" / "abc123")
     (model / "refs").mkdir()
     (model / "refs" / "main").write_text("abc123\n")
     assert convert.resolve("owner/name") == convert.resolve("owner/name@abc123") == snapshot
     (snapshot / "model-00002-of-00002.safetensors").unlink()
+    monkeypatch.setenv("LOOPUS_CACHE", "cache")
     refused(lambda: convert.resolve("owner/name"), "cannot fetch", "/resolve/abc123/")
 
 
@@ -281,7 +283,7 @@ def test_without_a_writable_cache_a_local_model_loads_and_a_download_says_what_t
     Path("file").touch()
     monkeypatch.setenv("LOOPUS_CACHE", "file/cache")
     assert_golden(convert.load(GOLDEN / "llama")[0])
-    refused(lambda: convert.load("owner/name"), "no cache, LOOPUS_CACHE", "file/cache")
+    refused(lambda: convert.load("owner/name"), "cannot write file/cache/owner--name@main", "LOOPUS_CACHE")
 
 
 # ---- Names of models

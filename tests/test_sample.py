@@ -172,7 +172,7 @@ def conversation(directory, *questions, **others):
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sample, "show", noted_show)
-        sample.converse(model, tokenizer, questions, settings(**others))
+        sample.Conversation(model, tokenizer, settings(**others)).converse(questions)
     return model, tokenizer, replies
 
 
@@ -196,7 +196,8 @@ def test_a_conversation_is_the_text_of_its_template_encoded_whole(tmp_path, monk
         drawn += torch.tensor(tokenizer.encode(said)[start:]).split(1)
         said += after
     monkeypatch.setattr(sample, "drawing", lambda *_: lambda logits: drawn.pop(0))
-    ids = sample.converse(model, tokenizer, ["(why) 2?", " And?\n"], settings(system="Be brief."))
+    talk = sample.Conversation(model, tokenizer, settings(system="Be brief."))
+    ids = talk.converse(["(why) 2?", " And?\n"])
     assert ids == tokenizer.encode(said) and not drawn
 
 
