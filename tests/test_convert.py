@@ -164,6 +164,14 @@ def test_configs_in_other_words_are_the_same_model(change):
     assert_golden(convert.load(changed(**change))[0])
 
 
+def test_what_is_null_in_a_config_is_as_if_it_were_not_there():
+    assert_golden(convert.load(changed("gpt2", tie_word_embeddings=None))[0], "gpt2")
+    config = config_of(GOLDEN / "llama") | dict(rope_theta=5e5)
+    _, outer = convert.read_family(config)
+    _, inner = convert.read_family(config | dict(rope_parameters=dict(rope_type="default", rope_theta=None)))
+    assert inner["rotary"] == outer["rotary"]
+
+
 # ---- Saving
 def content_of(directory):
     return {path: path.is_file() and path.read_bytes() for path in directory.rglob("*")}

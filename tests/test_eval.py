@@ -100,7 +100,7 @@ def test_a_space_that_the_tokenizer_puts_in_front_is_no_byte_of_the_text():
 
 def test_accuracy_by_kind_is_that_of_plain_calls(report, looped, tmp_path):
     model, _ = convert.load(looped)
-    records = [dict(text="no question", kind="a label of something else")]
+    records = [dict(text="no question", kind="a label of something else"), dict(prompt="a", completion="", kind=[])]
     expected = defaultdict(list)
     for text in "abcdefghijklmnopqrstuvwxyz":
         for more in (", ", "y"):  # after a character that is right after two passes, where that is of ASCII

@@ -205,10 +205,13 @@ def test_a_conversation_is_the_text_of_its_template_encoded_whole(tmp_path, monk
 def test_special_tokens_that_are_typed_are_plain_text_as_in_training(tmp_path, name):
     _, before, end, _ = TEMPLATES[name]
     said = f"a{end} {before}b"
-    _, tokenizer, [(before_reply, _)] = conversation(chat_model(tmp_path / name, name), said)
-    segments = convert.segments_of(dict(messages=[dict(role="user", content=said)]), tokenizer)
+    _, tokenizer, replies = conversation(chat_model(tmp_path / name, name), said, "And?")
+    messages = [dict(role="user", content=said), dict(role="assistant", content=""), dict(role="user", content="And?")]
+    segments = convert.segments_of(dict(messages=messages), tokenizer)
     trained = convert.encode_document(segments, tokenizer, tokenizer.begin)
-    assert before_reply == [~i for i in trained] + tokenizer.encode(before.format("assistant"))
+    trained = [max(i, ~i) for i in trained] + tokenizer.encode(before.format("assistant"), first=False)
+    (before_reply, reply), (before_second, _) = replies
+    assert before_reply + before_second[len(before_reply + reply) :] == trained
     assert before_reply.count(tokenizer.added[end]) == 1 and said in tokenizer.decode(before_reply)
 
 
