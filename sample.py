@@ -118,11 +118,9 @@ class Conversation(NamedTuple):
 def candidates(model, tokenizer, h):
     """The likeliest tokens after the state h (1, T, C) with their probabilities, two spaces before each."""
     probabilities = model.decode(h)[0, -1].float().softmax(dim=-1)
-    words = ""
-    for token in probabilities.argsort(descending=True)[:5].tolist():
-        text = tokenizer.token_bytes(token).decode(errors="replace")
-        words += f"  {text!r} {probabilities[token]:.3f}"
-    return words
+    likeliest = probabilities.argsort(descending=True)[:5].tolist()
+    texts = [tokenizer.token_bytes(token).decode(errors="replace") for token in likeliest]
+    return "".join(f"  {text!r} {probabilities[token]:.3f}" for text, token in zip(texts, likeliest))
 
 
 @torch.no_grad()
@@ -140,11 +138,9 @@ def trace(model, tokenizer, prompt, s):
         h = model.gate(proposed, h)
         step = (h - h_before)[0, -1].float().norm()
         q = torch.sigmoid(model.confidence(h).float())[0, -1]
-        line = f"{b:>4}  {q:5.3f}  {step:8.2f}  {alpha:5.3f}{candidates(model, tokenizer, h)}"
         stops, log_doubt = s.rule().stops(model, b, h_before, h, log_doubt)
-        if stops[0, -1]:
-            line += "  ← exit"
-        print(line)
+        mark = "  ← exit" if stops[0, -1] else ""
+        print(f"{b:>4}  {q:5.3f}  {step:8.2f}  {alpha:5.3f}{candidates(model, tokenizer, h)}{mark}")
 
 
 # ---- For speed alone: compiled and recorded writing. A first reading may skip this.
@@ -267,10 +263,8 @@ def show_held_out(model, tokenizer, directory, s):
         question, answer, said = map(tokenizer.decode, (tokens[:start], tokens[start:stop], reply.said))
         passes = max(reply.passes)
         question = question.rpartition(" ")[2]
-        line = f"{kind:9} {question:>8} {answer:>7} {said:>8} {passes:>7}"
-        if not reply.right:
-            line += "  wrong"
-        print(tint(line, passes, s.max_loops))
+        mark = "" if reply.right else "  wrong"
+        print(tint(f"{kind:9} {question:>8} {answer:>7} {said:>8} {passes:>7}{mark}", passes, s.max_loops))
     means = accuracy_by_kind(model, documents, [1], s.rule(), s.max_loops).values()
     share, passes, once = (sum(row[name] for row in means) / len(means) for name in ("exit", "passes", 1))
     print(f"\n{len(documents)} such documents: {share:.2f} right after {passes:.2f} passes each, {once:.2f} after 1")
@@ -302,16 +296,14 @@ def main():
     refuse(s.trace and s.chat, "--trace is of a text, not of a conversation: leave out --chat")
     directory = convert.resolve(s.init)
     model, tokenizer = s.load(directory)
-    unknown = s.chat and not tokenizer.template
-    refuse(unknown, "the model has no chat template that we know: expected ChatML, Llama 3's or Phi-4's")
+    refuse(s.chat and not tokenizer.template, "no chat template that we know: expected ChatML, Llama 3's or Phi-4's")
     if s.trace:
         for prompt in inputs(s):
             trace(model, tokenizer, prompt, s)
         return
     model = made_fast(model, s)
     if s.chat:
-        Conversation(model, tokenizer, s).converse(inputs(s))
-        return
+        return Conversation(model, tokenizer, s).converse(inputs(s))
     trained = (directory / "settings.json").exists() and s.max_loops > 0
     for prompt in inputs(s, trained):
         if prompt or not trained:

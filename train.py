@@ -221,6 +221,7 @@ def checkpoints(out):
 
 
 def setup(s):
+    """→ the Run, new or resumed."""
     device, dtype = convert.pick_device(s.device, s.dtype)
     torch.manual_seed(s.seed)
     sharded = s.shard and world_size() > 1
