@@ -1059,6 +1059,8 @@ class Inference:
         """→ the model and the tokenizer of a directory, to read and write text with; and fill in the threshold."""
         model, tokenizer = load(directory, *pick_device(self.device, self.dtype))
         refuse(tokenizer is None, f"{directory} has no tokenizer.json: text cannot be read or written without one")
+        if self.max_loops > 0 and not model.q_head[1].weight.any():
+            print(f"{directory}: its loop was never trained; --max_loops=0 runs it unlooped", file=sys.stderr)
         if self.threshold is None:
             self.threshold = model.config.q_threshold
             if self.threshold != Config.q_threshold:

@@ -381,7 +381,7 @@ def conclude(run, s, held_out):
     for step in sorted({0, run.step} & logged.keys()):
         row = "".join(f"{logged[step]['held_out'].get(str(depth))!s:>11}" for depth in losses)
         print(f"nats per token after step {step:>11}{row}")
-    print(f"{summary(losses | exit, histogram)}; exit is at a confidence of {threshold}\n", flush=True)
+    print(f"{summary(losses | exit, histogram)}; exit is at a confidence of {threshold}\n")
 
 
 # ---- The loop

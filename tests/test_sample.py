@@ -29,10 +29,12 @@ def pipe(monkeypatch, data):
 
 
 def refused(ended, *words):
-    """The program ended with one line, which says these words."""
+    """The program ended in one line of error, which says these words."""
     code, _, err = ended
-    assert code == 1 and err.startswith("error: ") and err.count("\n") == 1, err
-    assert all(word in err for word in words), err
+    *notes, line = err.splitlines()
+    assert code == 1 and line.startswith("error: "), err
+    assert all(note.endswith("--max_loops=0 runs it unlooped") for note in notes), err
+    assert all(word in line for word in words), err
 
 
 # ---- Text
@@ -47,6 +49,13 @@ def test_greedy_text_and_its_passes_are_those_of_generate_up_to_an_end_that_the_
         assert (code, out) == (0, tokenizer.decode(tokens[:end]) + "\n")  # without colours: this is no terminal
         assert f"{end - 4} tokens, {depths[: end - 4].float().mean():.2f} passes each on average" in err
         (checkpoint[0] / "generation_config.json").write_text(json.dumps(dict(eos_token_id=[256, tokens[stop]])))
+
+
+def test_a_line_says_that_a_loop_was_never_trained(write, checkpoint, tmp_path):
+    convert.save(random_model("gpt2"), convert.byte_tokenizer(), tmp_path / "looped")
+    for directory, loops, said in ((checkpoint[0], 2, 1), (checkpoint[0], 0, 0), (tmp_path / "looped", 2, 0)):
+        _, _, err = write(directory, "--prompt=a", "--max_new_tokens=1", f"--max_loops={loops}")
+        assert err.count("its loop was never trained; --max_loops=0 runs it unlooped\n") == said
 
 
 @pytest.mark.parametrize("piped, prompt", [(b"two\nlines\n", b"two\nlines"), (b"", b"")])
@@ -277,4 +286,4 @@ def test_compiled_text_is_the_same_also_where_the_compiler_fails(write, checkpoi
     ended = subprocess.run(arguments, cwd=ROOT, capture_output=True, text=True, env=place)
     assert (ended.returncode, ended.stdout) == (code, text) and code == 0, ended.stderr
     failures = ended.stderr.count("\ncompiling failed, going on without: ")
-    assert failures == (compiler == "false") and ended.stderr.count("\n") == 3 + failures
+    assert failures == (compiler == "false") and ended.stderr.count("\n") == 4 + failures
