@@ -150,7 +150,7 @@ def computing_copy(model, dtype):
 
 def shard(model, device, dtype):
     """Spread each part over the processes (FSDP2): it is put together, in `dtype`, while it runs; float32 gradients go
-    to their shares with each backward, so that no process holds them all."""
+    to their shares with each backward, so that no process holds them all. Inputs, such as angles, stay as they are."""
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 
     warnings.filterwarnings("ignore", "FSDP2-wrapped module")  # of writing into the output of a part: nobody does

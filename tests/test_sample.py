@@ -32,9 +32,8 @@ def refused(ended, *words):
     """The program ended in one line of error, which says these words."""
     code, _, err = ended
     *notes, line = err.splitlines()
-    assert code == 1 and line.startswith("error: "), err
+    assert code == 1 and line.startswith("error: ") and all(word in line for word in words), err
     assert all(note.endswith("--max_loops=0 runs it unlooped") for note in notes), err
-    assert all(word in line for word in words), err
 
 
 # ---- Text

@@ -381,6 +381,10 @@ def test_one_process_two_two_that_share_the_weights_and_a_compiled_one_train_ali
             assert row["grad_norm"] == pytest.approx(one["grad_norm"], rel=1e-4)
         ends = [state(Path(run, "step-0000004")) for run in (out, "one")]
         torch.testing.assert_close(*ends, atol=1e-4, rtol=1e-3)
+    convert.save(random_model("llama"), convert.byte_tokenizer(), "rotary", "hf")  # whose angles stay in float32
+    for processes, out in ((1, "one in bf16"), (2, "two in bf16")):
+        launched(processes, *flags(small(out, init="rotary", dtype="bf16", steps=1, shard=processes == 2)))
+    assert log("two in bf16")[1][0]["held_out"] == pytest.approx(log("one in bf16")[1][0]["held_out"], abs=1e-4)
 
 
 # ---- The whole story, without --init
