@@ -398,7 +398,8 @@ class LoopUS(nn.Module):
         tokens, depths = steps.permute(2, 1, 0)  # (B, max_new_tokens) each
         if torch.is_tensor(idx):
             return torch.cat((idx, tokens), dim=1), depths
-        return [[*prompt, *more] for prompt, more in zip(prompts, tokens.tolist())], depths
+        texts = [[*prompt, *more] for prompt, more in zip(prompts, tokens.tolist())]
+        return texts, depths
 
 
 def sample(logits, temperature=1.0, top_k=None, top_p=None, generator=None):
