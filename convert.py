@@ -867,7 +867,7 @@ def find_files(data):
     else:
         paths = map(Path, glob.glob(str(path), recursive=True))
     files = sorted(path for path in paths if path.is_file() and path.stat().st_size > 0)
-    refuse(not files, f"{data}: no file with text in it is there; expected a file, a directory, a glob")
+    refuse(not files, f"{data or 'no name'}: no file with text in it is there; expected a file, a directory, a glob")
     return files
 
 

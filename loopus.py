@@ -387,8 +387,8 @@ class LoopUS(nn.Module):
             writing = [i for i in writing if written[i][0] not in ends]
 
     def generate(self, idx, max_new_tokens, max_loops=8, threshold=0.6, *, halt=None, ends=(), **drawing):
-        """Continue idx, (B, T) or B lists of tokens, by `stream` and `sample`, whose arguments are `drawing`. threshold
-        above 1: no exit. → tokens (B, T + max_new_tokens) or B lists, passes taken (B, max_new_tokens)."""
+        """Continue idx, (B, T) or B lists of tokens; drawing: arguments of `sample`. max_loops=0: the pretrained model,
+        threshold above 1: no exit. → tokens (B, T + max_new_tokens) or B lists, passes taken (B, max_new_tokens)."""
         prompts = idx.tolist() if torch.is_tensor(idx) else idx
         halt = halt or Halt(threshold=threshold)
         draw = partial(sample, **drawing)

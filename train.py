@@ -83,7 +83,7 @@ class Settings:
     shard: bool = flag(False, "with torchrun: each process holds a share of weights, gradients and moments (FSDP)")
 
 
-FIXED = ("recipe", "init", "data", "objective", "trains", "encoder_layers", "decoder_layers", "gate_start")  # in a run
+FIXED = ("recipe", "init", "data", "objective", "trains", "encoder_layers", "decoder_layers", "gate_start")  # resuming
 THRESHOLDS = (0.5, 0.6, 0.8, 0.9, 0.95, 0.99, 2.0)  # of confidence, tried at the end of training
 
 

@@ -227,7 +227,7 @@ def test_resume_refuses_what_it_cannot_go_on_with_and_says_the_way_out(command):
     end = train.train(small())
     refused(resume("--steps=5"), "run is at step 6, beyond --steps=5")
     fixed = ("init=gpt2", "objective=lm", "trains=all", "encoder_layers=2", "decoder_layers=2", "gate_start=s4d")
-    for given in (*fixed, "data=tiny"):
+    for given in (*fixed, "data=tiny", "recipe=paper"):
         refused(resume(f"--{given}"), f"--{given.split('=')[0]} cannot change in a resumed run", "leave it out")
     stated = (end / "settings.json").read_text()
     for other in (stated.replace('"span"', '"through"'), stated.replace('"steps": 6', '"steps": "6"'), "{}"):
@@ -262,6 +262,7 @@ def test_a_checkpoint_remembers_its_settings_and_the_files_of_data(command):
     (dict(supervised=6), "--supervised=6 of --max_loops=4: expected K, 1 to B"),
     (dict(context=65), "65 tokens do not fit the model's context of 64"),
     (dict(data="none.txt"), "none.txt: no file with text"),
+    (dict(data=""), "no name: no file with text"),  # as of a variable that is not set
     (dict(data="short.txt", val="text.txt"), "5 tokens do not fill a context of 32"),
 ])  # fmt: skip
 def test_what_cannot_be_trained_is_refused_in_one_line(command, more, expected):
@@ -415,7 +416,12 @@ def test_the_answers_of_a_list_follow_from_its_text_and_alone_are_learned_and_it
 def test_the_story_ends_with_a_table_and_is_trained_neither_twice_nor_with_other_settings(command):
     refused(command(train, "--data=text.txt"), "--data without --init: name the model that is to be trained")
     tables = []
-    for broken_off in (lambda: shutil.rmtree("story/loop"), lambda: None, lambda: None):
+    config = Path("story/loop/step-0000002/config.json")
+
+    def without_its_threshold():
+        config.write_text(json.dumps(json.loads(config.read_text()) | dict(q_threshold=0.123)))
+
+    for broken_off in (lambda: shutil.rmtree("story/loop"), without_its_threshold, lambda: None):
         _, out, _ = command(train, "--out=story", "--steps=2")
         tables.append([line.split() for line in out.split("share of right answers")[1].splitlines()[1:11]])
         broken_off()
@@ -423,6 +429,7 @@ def test_the_story_ends_with_a_table_and_is_trained_neither_twice_nor_with_other
         log = [json.loads(line) for line in Path("story", name, "log.jsonl").read_text().splitlines()]
         assert [record["step"] for record in log if "lm" in record] == [1, 2]
     assert tables[0] == tables[1] == tables[2]
+    assert json.loads(config.read_text())["q_threshold"] in train.THRESHOLDS
     names, *rows = tables[0]
     assert set(names) == {"base", "control", "1", "2", "4", "8", "exit", "passes"}
     assert [" ".join(row[:-8]) for row in rows] == [*(f"{n} links" for n in range(1, 9)), "mean"]
